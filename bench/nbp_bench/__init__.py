@@ -1,0 +1,1 @@
+"""Sweeps, measures and gates engines against the reference."""

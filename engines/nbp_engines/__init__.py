@@ -1,0 +1,1 @@
+"""Opens and runs bundles: numpy and one runtime, no torch."""

@@ -1,0 +1,1 @@
+"""Turns a reference model and a block shape into a bundle of static graphs."""

@@ -1,0 +1,1 @@
+"""Next-Block Prediction in PyTorch: the definition of correct."""

@@ -1,0 +1,129 @@
+"""Reads weights: the authors' generator `.ckpt` and tokenizer `.pt`, and our own safetensors; writes the last.
+
+Pickles are opened with `weights_only=True` and `argparse.Namespace` allowed, nothing more: no code in a file runs.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nbp_reference.config import TOKENIZERS, BlockShape, Latent, ModelConfig, TokenizerConfig
+from nbp_reference.errors import CheckpointError
+from nbp_reference.model import NextBlockTransformer
+from nbp_reference.tokenizer import VideoTokenizer
+
+C = TypeVar("C")
+M = TypeVar("M", bound=nn.Module)
+
+OFFICIAL_LATENT = Latent(5, 16, 16)
+
+
+class Checkpoint(NamedTuple):
+    """What a file held, in evaluation mode."""
+
+    generator: NextBlockTransformer | None
+    tokenizer: VideoTokenizer | None
+
+
+def load(path: Path) -> Checkpoint:
+    """Load any supported file; what kind it is, the file itself says.
+
+    Raises CheckpointError, naming the file and what does not fit.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
+    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+
+
+def save(model: NextBlockTransformer | VideoTokenizer, path: Path) -> None:
+    """Write weights in fp16 and their config as safetensors."""
+    from safetensors.torch import save_file
+
+    kind = "generator" if isinstance(model, NextBlockTransformer) else "tokenizer"
+    state = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, {kind: json.dumps(model.config.to_json())})
+
+
+def _load_safetensors(path: Path) -> Checkpoint:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
+        if "generator" in metadata:
+            model_config = ModelConfig.from_json(json.loads(metadata["generator"]))
+            return Checkpoint(_filled(NextBlockTransformer, model_config, state, path), None)
+        if "tokenizer" in metadata:
+            tokenizer_config = TokenizerConfig.from_json(json.loads(metadata["tokenizer"]))
+            return Checkpoint(None, _filled(VideoTokenizer, tokenizer_config, state, path))
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    raise CheckpointError(f"{path}: its metadata names neither a generator nor a tokenizer; was it written by `save`?")
+
+
+def _load_pickle(path: Path) -> Checkpoint:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever a broken zip, pickle or storage raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read without running code from it: {reason}") from error
+    if isinstance(data, dict) and "state_dict" in data:
+        return _from_lightning(data, path)
+    if isinstance(data, dict) and "model_state_dict" in data:
+        state = _stripped(data["model_state_dict"], "module.")
+        return Checkpoint(None, _filled(VideoTokenizer, TOKENIZERS["official"], state, path))
+    raise CheckpointError(f"{path}: no `state_dict` (generator) and no `model_state_dict` (tokenizer) in it")
+
+
+def _from_lightning(data: Mapping[str, Any], path: Path) -> Checkpoint:
+    args = data.get("hyper_parameters", {}).get("args")
+    if args is None:
+        raise CheckpointError(f"{path}: hyper_parameters.args is missing: the file does not say what model it holds")
+    if getattr(args, "hybrid", False):
+        raise CheckpointError(f"{path} is class-conditional (hybrid); so far frame prediction is supported")
+    keys = _stripped(data["state_dict"], "module.")
+    state = {k: v for k, v in _stripped(keys, "transformer.", only=True).items() if "mask" not in k}
+    state.pop("uncond_embedding", None)  # for classifier-free guidance, which no published result uses
+    try:
+        vocab, width = state["tok_emb.weight"].shape
+        positions = state["pos_emb"].shape[1]
+        block = BlockShape.parse(str(args.token_number_per_step), OFFICIAL_LATENT)
+        config = ModelConfig(args.n_layer, width, args.n_head, vocab, positions, OFFICIAL_LATENT, block=block)
+    except (KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error} is missing or malformed") from error
+    if width != args.n_embd:
+        raise CheckpointError(f"{path}: tok_emb is {width} wide, its own arguments say n_embd={args.n_embd}")
+    tokens = _stripped(_stripped(keys, "first_stage_model.", only=True), "module.")
+    tokenizer = _filled(VideoTokenizer, TOKENIZERS["official"], tokens, path) if tokens else None
+    return Checkpoint(_filled(NextBlockTransformer, config, state, path), tokenizer)
+
+
+def _stripped(state: Mapping[str, Tensor], prefix: str, only: bool = False) -> dict[str, Tensor]:
+    """Keys without the prefix; with `only`, just those that had it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if not only or k.startswith(prefix)}
+
+
+def _filled(kind: Callable[[C], M], config: C, state: Mapping[str, Tensor], path: Path) -> M:
+    """A model that takes the tensors as they are, without a second copy of the weights."""
+    with torch.device("meta"):
+        model = kind(config)
+    expected = model.state_dict()
+    problems = [
+        f"{key}: expected {list(expected[key].shape) if key in expected else 'no such key'}, "
+        f"found {list(state[key].shape) if key in state else 'nothing'}"
+        for key in sorted(expected.keys() | state.keys())
+        if key not in expected or key not in state or expected[key].shape != state[key].shape
+    ]
+    if problems:
+        more = f" … and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{path} does not fit its own config. {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()

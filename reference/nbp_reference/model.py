@@ -1,0 +1,155 @@
+"""The generator: a pre-LayerNorm transformer that predicts the next block of video tokens.
+
+Shape legend: B batch, T tokens in the call, L tokens in a block, S cache slots, N heads, D head dim,
+C width = N·D, V vocabulary. Source: arXiv 2502.07737, App. A.2, and the authors' published checkpoints.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbp_reference.config import ModelConfig
+
+CacheWrite = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def tensor_scatter_(cache_BNSD: Tensor, update_BNTD: Tensor, cache_pos_B: Tensor) -> Tensor:
+    """Write the update at slots cache_pos .. cache_pos+T-1 of each row, in place; returns the cache."""
+    slots_BT = cache_pos_B[:, None] + torch.arange(update_BNTD.shape[2], device=update_BNTD.device)
+    return cache_BNSD.scatter_(2, slots_BT[:, None, :, None].expand_as(update_BNTD), update_BNTD)
+
+
+@torch.library.custom_op("nbp::tensor_scatter", mutates_args=())
+def tensor_scatter(cache: Tensor, update: Tensor, cache_pos: Tensor) -> Tensor:
+    """The same as a pure function, and one node in a traced graph: ONNX TensorScatter (axis 2, linear).
+
+    A custom operator because the exporter turns every indexed write into ScatterND and full-cache transposes.
+    """
+    return tensor_scatter_(cache.clone(), update, cache_pos)
+
+
+@tensor_scatter.register_fake
+def _(cache: Tensor, update: Tensor, cache_pos: Tensor) -> Tensor:  # noqa: ARG001 - the operator's signature
+    return torch.empty_like(cache)
+
+
+def block_mask(query_BT: Tensor, slots: int, block_size: int) -> Tensor:
+    """Which cache slots each query position may see: bool [B,1,T,S], slot j iff ⌊j/L⌋ ≤ ⌊query/L⌋.
+
+    Bidirectional inside a block, causal between blocks; slots after the query's block are stale or unused.
+    """
+    slots_S = torch.arange(slots, device=query_BT.device)
+    # Truncating division is one ONNX Div; Python's floor would be six nodes, alike for positions, which are not negative.
+    slot_block_S, query_block_BT = (torch.div(x, block_size, rounding_mode="trunc") for x in (slots_S, query_BT))
+    return (slot_block_S <= query_block_BT[..., None])[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate, biased q, k, v and output projections."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def qkv(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections split into heads: three [B,N,T,D]."""
+        heads = (layer(x_BTC).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        q, k, v = (x.transpose(1, 2) for x in heads)
+        return q, k, v
+
+    def attend(self, q_BNTD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, mask: Tensor) -> Tensor:
+        """Attention over the slots that the mask shows, merged and projected: [B,T,C]."""
+        out_BNTD = F.scaled_dot_product_attention(q_BNTD, k_BNSD, v_BNSD, attn_mask=mask)
+        return cast(Tensor, self.proj(out_BNTD.transpose(1, 2).flatten(2)))
+
+
+class Block(nn.Module):
+    """One pre-LayerNorm transformer layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class NextBlockTransformer(nn.Module):
+    """The generator. Parameter names are the authors' without their `transformer.` prefix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab, config.width)
+        self.pos_emb = nn.Parameter(torch.zeros(1, config.positions, config.width))
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab, bias=False)
+
+    def reset(self, seed: int) -> None:
+        """Random weights, normal with deviation 0.02 as GPT-2 has them; zero biases, unit norms."""
+        rng = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.02, generator=rng)
+            else:
+                nn.init.constant_(p, float(name.endswith("weight")))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits [B,T,V] of a whole sequence under the block mask; row i predicts token i+L."""
+        mask = block_mask(torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None], tokens_BT.shape[1], self.L)
+        x_BTC = self.tok_emb(tokens_BT) + self.pos_emb[:, : tokens_BT.shape[1]]
+        for layer in cast(Sequence[Any], self.blocks):
+            x_BTC = x_BTC + layer.attn.attend(*layer.attn.qkv(layer.ln1(x_BTC)), mask)
+            x_BTC = x_BTC + layer.mlp(layer.ln2(x_BTC))
+        return cast(Tensor, self.head(self.ln_f(x_BTC)))
+
+    def block_step(
+        self,
+        tokens_BT: Tensor,
+        cache_pos_B: Tensor,
+        k_caches: Sequence[Tensor],
+        v_caches: Sequence[Tensor],
+        write: CacheWrite = tensor_scatter,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Append whole blocks to the caches and predict the block after them.
+
+        Args:
+            tokens_BT: int64, whole blocks: L in a step, the condition in a prefill.
+            cache_pos_B: int64, tokens already in the cache, a multiple of L.
+            k_caches: one [B,N,S,D] a layer; slots from cache_pos on may hold anything finite.
+            v_caches: likewise.
+            write: how a cache takes new rows; pure by default, `tensor_scatter_` where the caller owns the buffers.
+
+        Returns:
+            Logits [B,L,V] of the last L tokens, and the caches with T more rows.
+        """
+        query_BT = cache_pos_B[:, None] + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        mask = block_mask(query_BT, k_caches[0].shape[2], self.L)
+        x_BTC = self.tok_emb(tokens_BT) + F.embedding(query_BT, self.pos_emb.squeeze(0))
+        k_out, v_out = [], []
+        for layer, k_cache, v_cache in zip(cast(Sequence[Any], self.blocks), k_caches, v_caches, strict=True):
+            q, k, v = layer.attn.qkv(layer.ln1(x_BTC))
+            k_out.append(write(k_cache, k, cache_pos_B))
+            v_out.append(write(v_cache, v, cache_pos_B))
+            x_BTC = x_BTC + layer.attn.attend(q, k_out[-1], v_out[-1], mask)
+            x_BTC = x_BTC + layer.mlp(layer.ln2(x_BTC))
+        return self.head(self.ln_f(x_BTC[:, -self.L :])), k_out, v_out
+
+    @property
+    def L(self) -> int:  # noqa: N802 - the paper's letter
+        """Tokens in a block."""
+        return self.config.block.size
+
+    def empty_caches(self, batch: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+        """Zeroed key and value caches, [B,N,S,D] a layer, S the config's capacity."""
+        shape = (batch, self.config.heads, self.config.capacity, self.config.head_dim)
+        k, v = ([self.pos_emb.new_zeros(shape) for _ in self.blocks] for _ in "kv")
+        return k, v

@@ -1,0 +1,247 @@
+"""Makes the nbp-tiny weights from the clips' train parts: `python -m nbp_reference.train --help`.
+
+Every batch is drawn from (seed, step), so an interrupted run resumes on the same path.
+Shape legend: B batch, F frames, H×W pixels, T tokens.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbp_reference import checkpoint, clips
+from nbp_reference.config import MODELS, TOKENIZERS
+from nbp_reference.model import NextBlockTransformer
+from nbp_reference.tokenizer import VideoTokenizer
+
+SIDE = 128  # pixels
+CROP = 96  # pixels, what the tokenizer trains on
+FRAMES = 17
+CHECK_EVERY = 100  # steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with a linear warm-up and a cosine down to zero."""
+
+    steps: int
+    rate: float
+    warmup: int = 50
+    decay: float = 0.05
+
+    def at(self, step: int) -> float:
+        """Learning rate of a step."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+
+
+@cache
+def parts() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The train and held-out parts of every clip, uint8 [F,3,H,W], shorter side 128."""
+    train, held = zip(*(clips.split(clips.read(clips.find(name), SIDE)) for name in clips.CLIPS), strict=True)
+    return list(train), list(held)
+
+
+def to_video(frames: list[np.ndarray]) -> Tensor:
+    """Windows of uint8 [F,3,H,W] as one float batch [B,3,F,H,W] in [0,1]."""
+    return torch.from_numpy(np.stack(frames)).transpose(1, 2).float() / 255
+
+
+def held_out_windows(stride: int = 8) -> list[np.ndarray]:
+    """Centred 128×128 windows of the held-out parts."""
+    return [w for video in parts()[1] for w in clips.windows(clips.centre(video, SIDE), FRAMES, stride)]
+
+
+def random_window(videos: list[np.ndarray], rng: np.random.Generator, side: int) -> np.ndarray:
+    """A random run of 17 frames, random square, randomly mirrored; longer videos come up more often."""
+    weights = np.sqrt([len(v) - FRAMES + 1 for v in videos])
+    video = videos[rng.choice(len(videos), p=weights / weights.sum())]
+    f, y, x = (rng.integers(0, n + 1) for n in (len(video) - FRAMES, video.shape[2] - side, video.shape[3] - side))
+    window = video[f : f + FRAMES, :, y : y + side, x : x + side]
+    return window[..., ::-1] if rng.random() < 0.5 else window
+
+
+def fit(
+    model: nn.Module, loss_of: Callable[[int], Tensor], evaluate: Callable[[], float], schedule: Schedule, run: Path
+) -> None:
+    """Train `model` in place, writing `run`.resume every 100 steps and a line of `run`.jsonl with the losses."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": schedule.decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    resume, curve, start = run.with_suffix(".resume"), run.with_suffix(".jsonl"), 0
+    if resume.exists():
+        saved = torch.load(resume, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+        click.echo(f"{run.name}: resumed at step {start}")
+    losses: list[float] = []
+    began = time.monotonic()
+    for step in range(start, schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.at(step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        done = step + 1
+        if done % CHECK_EVERY == 0 or done == schedule.steps:
+            with torch.inference_mode():
+                held = evaluate()
+            row = {"step": done, "train": float(np.mean(losses)), "held_out": held}
+            with curve.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            pace = (time.monotonic() - began) / (done - start)
+            click.echo(f"{run.name} {done}/{schedule.steps}  {row}  {pace:.2f} s a step")
+            losses.clear()
+            partial = resume.with_suffix(".partial")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, partial)
+            partial.replace(resume)
+
+
+def block_means(videos: list[np.ndarray]) -> np.ndarray:
+    """The mean colour behind each token: float64 [tokens,3]; the first frame's blocks are one frame deep."""
+    rows = []
+    for video in videos:
+        small = video.reshape(FRAMES, 3, SIDE // 8, 8, SIDE // 8, 8).mean((3, 5)) / 255
+        latent = np.concatenate([small[:1], small[1:].reshape(-1, 4, *small.shape[1:]).mean(1)])
+        rows.append(latent.transpose(0, 2, 3, 1).reshape(-1, 3))
+    return np.concatenate(rows)
+
+
+def kmeans_psnr(train: list[np.ndarray], held: list[np.ndarray], codes: int) -> float:
+    """PSNR in dB of painting each block with the nearest of `codes` colours learned by k-means: equal bits a token."""
+    from scipy.cluster.vq import kmeans2, vq
+
+    centroids, _ = kmeans2(block_means(train), codes, seed=0, minit="++", iter=20)
+    colours = centroids[vq(block_means(held), centroids)[0]].reshape(len(held), -1, SIDE // 8, SIDE // 8, 3)
+    frames = np.concatenate([colours[:, :1], colours[:, 1:].repeat(4, 1)], 1).repeat(8, 2).repeat(8, 3)
+    truth = np.stack(held).transpose(0, 1, 3, 4, 2) / 255
+    return float(-10 * np.log10(((frames - truth) ** 2).mean()))
+
+
+def unigram_entropy(tokens: Tensor) -> float:
+    """Entropy in nats of the tokens' own distribution: what a model without context reaches at best."""
+    share = torch.bincount(tokens.flatten()).double() / tokens.numel()
+    return float(torch.special.entr(share).sum())
+
+
+def encode_all(tokenizer: VideoTokenizer, windows: list[np.ndarray]) -> Tensor:
+    """Tokens int64 [windows, 1280], raster order."""
+    with torch.inference_mode():
+        return torch.cat([tokenizer.encode(to_video([w])) for w in windows])
+
+
+@click.group()
+def main() -> None:
+    """Train the nbp-tiny weights."""
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Folder of the run.")
+@click.option("--steps", default=2400)
+@click.option("--seed", default=0)
+def tokenizer(out: Path, steps: int, seed: int) -> None:
+    """The tokenizer, by mean squared error on 17×96×96 crops."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = VideoTokenizer(TOKENIZERS["nbp-tiny"])
+    train, _ = parts()
+    held = held_out_windows()
+
+    def error(video: Tensor) -> Tensor:
+        codes = model.fsq.quantize(model.latents(video).float())
+        return F.mse_loss(model.reconstruct(codes).float(), video)
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, step))
+        return error(to_video([random_window(train, rng, CROP) for _ in range(2)]))
+
+    def psnr() -> float:
+        return -10 * math.log10(np.mean([error(to_video([w])).item() for w in held[::4]]))
+
+    fit(model, loss_of, psnr, Schedule(steps, rate=2e-3), out / "tokenizer")
+    checkpoint.save(model, out / "tokenizer.safetensors")
+    with torch.inference_mode():
+        reached = -10 * math.log10(np.mean([error(to_video([w])).item() for w in held]))
+    floor = kmeans_psnr([clips.centre(v, SIDE)[:FRAMES] for v in train], held, model.config.vocab)
+    click.echo(f"held-out PSNR {reached:.2f} dB; k-means of block means at equal bits {floor:.2f} dB")
+
+
+def training_tokens(model: VideoTokenizer, out: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Train and held-out tokens int64 [windows,1280], made once a run."""
+    file = out / "tokens.npz"
+    if not file.exists():
+        rng = np.random.default_rng(seed)
+        train = [random_window(parts()[0], rng, SIDE) for _ in range(count)]
+        tokens, held = encode_all(model, train), encode_all(model, held_out_windows(stride=4))
+        np.savez_compressed(file, train=tokens.numpy().astype(np.int16), held=held.numpy().astype(np.int16))
+    saved = np.load(file)
+    return torch.from_numpy(saved["train"]).long(), torch.from_numpy(saved["held"]).long()
+
+
+def batches(tokens: Tensor, size: int, seed: int, step: int) -> Tensor:
+    """A random batch [size, T] of the rows."""
+    return tokens[torch.from_numpy(np.random.default_rng((seed, step)).integers(0, len(tokens), size))]
+
+
+@main.command()
+@click.option("--block", required=True, help="Block shape or size, such as 1x1x16.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Folder of the run.")
+@click.option("--steps", default=1500)
+@click.option("--windows", default=1500, help="Random windows in the training set.")
+@click.option("--seed", default=0)
+def generator(block: str, out: Path, steps: int, windows: int, seed: int) -> None:
+    """The generator of one block shape, on the tokens of the trained tokenizer."""
+    config = MODELS["nbp-tiny"].with_block(block)
+    eyes = checkpoint.load(out / "tokenizer.safetensors").tokenizer
+    if eyes is None:
+        raise click.ClickException(f"no tokenizer in {out}: run `python -m nbp_reference.train tokenizer --out {out}`")
+    train, held = (
+        part[:, config.block.order(config.latent)] for part in training_tokens(eyes.eval(), out, windows, seed)
+    )
+    model = NextBlockTransformer(config)
+    model.reset(seed)
+    L = config.block.size
+
+    def cross_entropy(tokens: Tensor) -> Tensor:
+        logits = model(tokens[:, :-L])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, L:].flatten())
+
+    def held_out(every: int = 4) -> float:
+        return float(np.mean([cross_entropy(rows).item() for rows in held[::every].split(4)]))
+
+    fit(
+        model,
+        lambda step: cross_entropy(batches(train, 4, seed, step)),
+        held_out,
+        Schedule(steps, rate=1.5e-3),
+        out / f"generator-{L}",
+    )
+    checkpoint.save(model, out / f"generator-{L}.safetensors")
+    with torch.inference_mode():
+        loss = held_out(every=1)
+    entropy = unigram_entropy(held[:, L:])
+    click.echo(f"L={L}: held-out loss {loss:.3f} nats, unigram entropy {entropy:.3f}: {1 - loss / entropy:.1%} below")
+
+
+if __name__ == "__main__":
+    main()

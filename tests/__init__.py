@@ -1,0 +1,1 @@
+"""The tests, one folder a package; a package itself so that they can share helpers and goldens."""
