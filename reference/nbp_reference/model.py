@@ -42,7 +42,7 @@ def block_mask(query_BT: Tensor, slots: int, block_size: int) -> Tensor:
     Bidirectional inside a block, causal between blocks; slots after the query's block are stale or unused.
     """
     slots_S = torch.arange(slots, device=query_BT.device)
-    # Truncating division is one ONNX Div; Python's floor would be six nodes, alike for positions, which are not negative.
+    # Truncating division is one ONNX Div, floor six nodes; positions are never negative, so they agree.
     slot_block_S, query_block_BT = (torch.div(x, block_size, rounding_mode="trunc") for x in (slots_S, query_BT))
     return (slot_block_S <= query_block_BT[..., None])[:, None]
 
