@@ -12,15 +12,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nbp_reference.config import TOKENIZERS, BlockShape, Latent, ModelConfig, TokenizerConfig
-from nbp_reference.errors import CheckpointError
+from nbp_reference.config import TOKENIZERS, ModelConfig, TokenizerConfig
+from nbp_reference.errors import BlockShapeError, CheckpointError
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
-OFFICIAL_LATENT = Latent(5, 16, 16)
+# A file's content can have any form; these are what using it as a model raises where it is another.
+_MALFORMED = (ArithmeticError, AttributeError, BlockShapeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Checkpoint(NamedTuple):
@@ -37,17 +38,23 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
-    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    read = _load_safetensors if path.suffix == ".safetensors" else _load_pickle
+    try:
+        return read(path)
+    except _MALFORMED as error:
+        raise CheckpointError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
 
 
 def save(model: NextBlockTransformer | VideoTokenizer, path: Path) -> None:
-    """Write weights in fp16 and their config as safetensors."""
+    """Write weights in fp16 and their config as safetensors; an interrupted write leaves the old file."""
     from safetensors.torch import save_file
 
     kind = "generator" if isinstance(model, NextBlockTransformer) else "tokenizer"
     state = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, {kind: json.dumps(model.config.to_json())})
+    partial = path.with_suffix(".partial")
+    save_file(state, partial, {kind: json.dumps(model.config.to_json())})
+    partial.replace(path)
 
 
 def _load_safetensors(path: Path) -> Checkpoint:
@@ -57,14 +64,14 @@ def _load_safetensors(path: Path) -> Checkpoint:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
-        if "generator" in metadata:
-            model_config = ModelConfig.from_json(json.loads(metadata["generator"]))
-            return Checkpoint(_filled(NextBlockTransformer, model_config, state, path), None)
-        if "tokenizer" in metadata:
-            tokenizer_config = TokenizerConfig.from_json(json.loads(metadata["tokenizer"]))
-            return Checkpoint(None, _filled(VideoTokenizer, tokenizer_config, state, path))
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    if "generator" in metadata:
+        model_config = ModelConfig.from_json(json.loads(metadata["generator"]))
+        return Checkpoint(_filled(NextBlockTransformer, model_config, state, path), None)
+    if "tokenizer" in metadata:
+        tokenizer_config = TokenizerConfig.from_json(json.loads(metadata["tokenizer"]))
+        return Checkpoint(None, _filled(VideoTokenizer, tokenizer_config, state, path))
     raise CheckpointError(f"{path}: its metadata names neither a generator nor a tokenizer; was it written by `save`?")
 
 
@@ -92,13 +99,9 @@ def _from_lightning(data: Mapping[str, Any], path: Path) -> Checkpoint:
     keys = _stripped(data["state_dict"], "module.")
     state = {k: v for k, v in _stripped(keys, "transformer.", only=True).items() if "mask" not in k}
     state.pop("uncond_embedding", None)  # for classifier-free guidance, which no published result uses
-    try:
-        vocab, width = state["tok_emb.weight"].shape
-        positions = state["pos_emb"].shape[1]
-        block = BlockShape.parse(str(args.token_number_per_step), OFFICIAL_LATENT)
-        config = ModelConfig(args.n_layer, width, args.n_head, vocab, positions, OFFICIAL_LATENT, block=block)
-    except (KeyError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error} is missing or malformed") from error
+    vocab, width = state["tok_emb.weight"].shape
+    positions = state["pos_emb"].shape[1]
+    config = ModelConfig(args.n_layer, width, args.n_head, vocab, positions).with_block(str(args.token_number_per_step))
     if width != args.n_embd:
         raise CheckpointError(f"{path}: tok_emb is {width} wide, its own arguments say n_embd={args.n_embd}")
     tokens = _stripped(_stripped(keys, "first_stage_model.", only=True), "module.")
