@@ -1,0 +1,111 @@
+"""The rules that hold the house together: who imports whom, what imports bare, what is tracked."""
+
+import ast
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HOMES = {
+    "nbp_export": ".",
+    "nbp_reference": "reference",
+    "nbp_engines": "engines",
+    "nbp_bench": "bench",
+    "nbp_reports": "reports",
+}
+MAY_IMPORT = {
+    "nbp_reference": set(),
+    "nbp_engines": set(),
+    "nbp_reports": set(),
+    "nbp_export": {"nbp_reference", "nbp_engines"},
+    "nbp_bench": set(HOMES),
+}
+HEAVY = [
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "safetensors",
+    "tensorrt",
+    "tensorrt_rtx",
+    "av",
+    "pandas",
+    "scipy",
+    "matplotlib",
+    "rich",
+]
+TRACKED_BYTES = 25_000_000
+
+
+def modules(package: str) -> Iterator[Path]:
+    """The package's source files."""
+    return (ROOT / HOMES[package] / package).rglob("*.py")
+
+
+def imported(source: str) -> Iterator[str]:
+    """The top-level names of everything that the source imports, wherever it does."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports would hide whom a module imports"
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_imports_go_one_way(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules(package)
+        for name in imported(path.read_text("utf-8"))
+        if name in HOMES and name not in allowed
+    }
+    assert not wrong
+
+
+def run_bare(code: str) -> subprocess.CompletedProcess[str]:
+    """Run the code in a fresh interpreter in which every heavy library fails to import."""
+    bare = f"import sys; sys.modules.update(dict.fromkeys({HEAVY}))"
+    path = f"sys.path[:0] = {[str(ROOT / home) for home in HOMES.values()]}"
+    command = [sys.executable, "-c", f"{bare}; {path}\n{code}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_every_engines_module_imports_bare() -> None:
+    files = sorted(path.relative_to(ROOT / "engines") for path in modules("nbp_engines"))
+    names = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files]
+    assert "nbp_engines" in names
+    done = run_bare("\n".join(f"import {name}" for name in names))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["nbp_export", "nbp_bench"])
+def test_help_works_bare(package: str) -> None:
+    done = run_bare(f"from {package}.cli import main\nmain(['--help'])")
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+def tracked() -> list[Path]:
+    """The files that git tracks; skips where there is no clone."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for name in names.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_tracked_files_stay_small() -> None:
+    sizes = {path: path.stat().st_size for path in tracked()}
+    assert sum(sizes.values()) <= TRACKED_BYTES, sorted(sizes, key=sizes.__getitem__)[-5:]
+
+
+def test_no_tracked_file_names_a_place_on_this_machine() -> None:
+    folders = {ROOT, ROOT.parent, Path.home(), Path(sys.prefix)} - {Path("/"), Path(tempfile.gettempdir())}
+    places = [f"{folder}/".encode() for folder in folders]
+    contents = {path.relative_to(ROOT): path.read_bytes() for path in tracked()}
+    assert not [(str(name), place) for name, content in contents.items() for place in places if place in content]

@@ -1,0 +1,67 @@
+"""The wheel as a user has it: in an environment of its own, away from the clone."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"nbp_export", "nbp_reference", "nbp_engines", "nbp_bench", "nbp_reports"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment with the wheel, which borrows this one's libraries but not its editable install."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    # Paths in a .pth file come last and have their own .pth files ignored, the editable install's among them.
+    (packages / "borrowed.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", wheel], check=True, capture_output=True)
+    return folder / "bin"
+
+
+def run(command: list[str | Path], cwd: Path) -> str:
+    """Standard output of a command that must succeed, run away from the clone."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_wheel_holds_the_packages_and_their_data_only(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0] for name in names} == PACKAGES | {"nbp_export-0.1.0.dist-info"}
+    data = {f"nbp_bench/golden/{name}" for name in ("k600_L1.npz", "k600_L16.npz", "weights.py")}
+    sources = {
+        f"{package.name}/{path.relative_to(package).as_posix()}"
+        for package in [ROOT / "nbp_export", *ROOT.glob("*/nbp_*")]
+        for path in package.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in names if ".dist-info/" not in name} == sources | data
+    assert "nbp_export-0.1.0.dist-info/licenses/LICENSE" in names
+
+
+def test_what_is_imported_is_the_wheel(environment: Path, tmp_path: Path) -> None:
+    code = f"from importlib import import_module\nfor name in {PACKAGES}: print(import_module(name).__file__)"
+    files = run([environment / "python", "-c", code], tmp_path).splitlines()
+    assert len(files) == len(PACKAGES)
+    assert all(Path(file).is_relative_to(environment.parent) for file in files), files
+
+
+@pytest.mark.parametrize("command", ["nbp-export", "nbp-bench"])
+def test_commands_work_outside_the_clone(command: str, environment: Path, tmp_path: Path) -> None:
+    assert "Usage:" in run([environment / command, "--help"], tmp_path)
