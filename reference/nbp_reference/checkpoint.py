@@ -12,13 +12,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nbp_reference.config import TOKENIZERS, ModelConfig, TokenizerConfig
+from nbp_reference.config import TOKENIZERS, BlockShape, ModelConfig, TokenizerConfig
 from nbp_reference.errors import BlockShapeError, CheckpointError
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
+
+WEIGHTS = Path(__file__).parent / "weights"  # of the bundled nbp-tiny
 
 # A file's content can have any form; these are what using it as a model raises where it is another.
 _MALFORMED = (ArithmeticError, AttributeError, BlockShapeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -43,6 +45,30 @@ def load(path: Path) -> Checkpoint:
         return read(path)
     except _MALFORMED as error:
         raise CheckpointError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
+
+
+def bundled(block: BlockShape) -> tuple[NextBlockTransformer, VideoTokenizer]:
+    """The nbp-tiny generator for a block shape and its tokenizer, which come with this package.
+
+    Raises CheckpointError, listing the shapes that there are, for any other.
+    """
+    found = {str(load_config(path).block): path for path in WEIGHTS.glob("generator-*.safetensors")}
+    if str(block) not in found:
+        there = ", ".join(sorted(found, key=len)) or "none"
+        raise CheckpointError(
+            f"no bundled nbp-tiny for block {block}; there are: {there}. Any other block can be timed with --weights random"
+        )
+    generator, tokenizer = load(found[str(block)]).generator, load(WEIGHTS / "tokenizer.safetensors").tokenizer
+    assert generator is not None and tokenizer is not None  # the files are ours
+    return generator, tokenizer
+
+
+def load_config(path: Path) -> ModelConfig:
+    """The generator config in one of our own files, without its weights."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return ModelConfig.from_json(json.loads(file.metadata()["generator"]))
 
 
 def save(model: NextBlockTransformer | VideoTokenizer, path: Path) -> None:

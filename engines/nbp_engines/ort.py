@@ -1,0 +1,108 @@
+"""ONNX Runtime on the CPU: one session a graph, every input and output bound to memory that we own.
+
+Each cache's input and output are bound to the same buffer, so the runtime writes new rows in place.
+"""
+
+from collections.abc import Collection
+from typing import Any, Self
+
+import numpy as np
+
+from nbp_engines import sampling
+from nbp_engines.bundle import Bundle
+from nbp_engines.errors import EngineError
+from nbp_engines.spec import GraphSpec
+
+
+class _Graph:
+    """One graph with its bindings. `buffers` maps tensor names to the arrays that the runtime reads and writes."""
+
+    def __init__(self, session: Any, spec: GraphSpec, shared: dict[str, np.ndarray]) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._spec = spec
+        self.inputs = {t.name: shared[t.name] if t.name in shared else t.empty() for t in spec.inputs}
+        self.outputs = {
+            t.name: self.inputs[spec.aliases[t.name]] if t.name in spec.aliases else t.empty() for t in spec.outputs
+        }
+        for bind, arrays in ((self._binding.bind_input, self.inputs), (self._binding.bind_output, self.outputs)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def run(self, **inputs: np.ndarray) -> np.ndarray:
+        """Copy the inputs in, run, and return the first output's buffer."""
+        for name, value in inputs.items():
+            buffer = self.inputs[name]
+            if value.shape != buffer.shape:
+                raise EngineError(f"{self._spec.name}: {name} is {value.shape}, the graph takes {buffer.shape}")
+            np.copyto(buffer, value, casting="same_kind")
+        self._session.run_with_iobinding(self._binding)
+        return self.outputs[self._spec.outputs[0].name]
+
+
+class OrtSession:
+    """A bundle in ONNX Runtime's CPU provider. See `nbp_engines.session.Session`."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, graphs: Collection[str] | None = None) -> None:
+        """Load the graphs, or only some; `threads` inside an operator, the runtime's own choice if None.
+
+        Raises EngineError if ONNX Runtime is missing or refuses a graph.
+        """
+        try:
+            import onnxruntime as ort
+        except ModuleNotFoundError:
+            raise EngineError("running ONNX bundles needs ONNX Runtime: pip install 'nbp-export[cpu]'") from None
+        self.spec = bundle.manifest.spec
+        self.caches = {t.name: t.empty() for t in self.spec.caches()}
+        self._bundle = bundle
+        self._graphs: dict[str, _Graph] = {}
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        for name, spec in bundle.manifest.graph_specs().items():
+            if graphs is not None and name not in graphs:
+                continue
+            path = bundle.graph_file(name)
+            try:
+                session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # the runtime's own exceptions share no base but this
+                raise EngineError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
+            self._graphs[name] = _Graph(session, spec, self.caches)
+
+    def run(self, graph: str, **inputs: np.ndarray) -> np.ndarray:
+        """Run one graph on named inputs; the first output's buffer, valid until the graph's next run."""
+        if graph not in self._graphs:
+            raise EngineError(f"{self._bundle.path} has no {graph} graph: export it with --tokenizer FILE")
+        return self._graphs[graph].run(**inputs)
+
+    def encode(self, video: np.ndarray) -> np.ndarray:
+        """Tokens int64 [B,P] of the given frames float32 [B,3,F,H,W]."""
+        return self.run("encode", video=video)
+
+    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits [B,L,V] after the condition [B,P]. The caches are not cleared: no later slot is ever seen."""
+        return self.run("prefill", tokens=tokens, cache_pos=np.zeros(self.spec.batch, np.int64))
+
+    def step(self, tokens: np.ndarray, cache_pos: np.ndarray) -> np.ndarray:
+        """Logits [B,L,V] after the block [B,L] at cache_pos [B]."""
+        return self.run("step", tokens=tokens, cache_pos=cache_pos)
+
+    def sample(self, logits: np.ndarray, uniforms: np.ndarray, settings: sampling.Sampling) -> np.ndarray:
+        """Tokens int64 [B,L]."""
+        return sampling.sample(logits, uniforms, settings)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Video float32 [B,3,F,H,W] of tokens [B,T·H·W]."""
+        return self.run("decode", tokens=tokens)
+
+    def close(self) -> None:
+        """Free the runtime's sessions and the buffers."""
+        self._graphs.clear()
+        self.caches.clear()
+
+    def __enter__(self) -> Self:
+        """The session itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()

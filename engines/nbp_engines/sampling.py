@@ -1,0 +1,56 @@
+"""How a token is drawn from logits: top-k, then top-p, then the inverse of the cumulative distribution.
+
+Everything in fp64 and in vocabulary order, so that equal logits and equal noise give equal tokens in every runtime.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The paper's settings. Temperature 0 means greedy, the first of the largest logits."""
+
+    temperature: float = 1.0
+    top_k: int = 16_000
+    top_p: float = 0.9
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def nucleus(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Probabilities after top-k and top-p, not renormalised: float64 [..., V] of logits [..., V].
+
+    Ties with the k-th logit stay in; the token that crosses top-p stays in; among equals lower ids come first.
+    """
+    scaled = logits.astype(np.float64) / sampling.temperature
+    drop = scaled.shape[-1] - sampling.top_k
+    if drop > 0:
+        smallest = np.partition(scaled, drop, axis=-1)[..., drop, None]
+        scaled[scaled < smallest] = -np.inf
+    probs = np.exp(scaled - scaled.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    order = np.argsort(-probs, axis=-1, kind="stable")
+    ranked = np.take_along_axis(probs, order, -1)
+    ranked[ranked.cumsum(-1) - ranked >= sampling.top_p] = 0.0
+    np.put_along_axis(probs, order, ranked, -1)
+    return probs
+
+
+def sample(logits: np.ndarray, uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Draw one token a row: int64 [...] of logits [..., V] and uniforms [...] in [0,1)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return draw(nucleus(logits, sampling), uniforms)
+
+
+def draw(probs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """The first token whose cumulative probability exceeds its share u of the total: int64 [...]."""
+    cdf = probs.cumsum(-1)
+    total = cdf[..., -1:]
+    # u·total can round up to the total itself, beyond the last token.
+    target = np.minimum(uniforms[..., None] * total, np.nextafter(total, 0))
+    tokens: np.ndarray = (cdf <= target).sum(-1)
+    return tokens

@@ -1,0 +1,151 @@
+"""What a bundle's graphs take and give: the only place where the names, dtypes and shapes stand.
+
+Shape legend: B batch, L tokens in a block, P condition tokens, S cache slots, N heads, D head dim, V vocabulary,
+F frames, T×H×W latent frames, rows and columns of tokens.
+"""
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, Literal, Self
+
+import numpy as np
+
+Dtype = Literal["fp32", "fp16"]
+NUMPY_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "int64": np.dtype(np.int64)}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def empty(self) -> np.ndarray:
+        """A zeroed buffer for it."""
+        return np.zeros(self.shape, NUMPY_DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph. `aliases` maps each cache output to the input whose memory it must share."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Output name → input name, for the caches."""
+        names = {t.name for t in self.inputs}
+        return {t.name: t.name[:-4] for t in self.outputs if t.name.endswith("_out") and t.name[:-4] in names}
+
+
+@dataclass(frozen=True)
+class SystemSpec:
+    """Every number that is static in a bundle: from these, all graphs' inputs and outputs follow.
+
+    Attributes:
+        block: (t, h, w) tokens predicted together.
+        latent: (T, H, W) tokens of a whole clip.
+        condition_latents: latent frames that are given.
+        video: (F, height, width) in pixels of a whole clip.
+        condition_frames: video frames that are given.
+        batch: clips generated at once, B.
+        dtype: of weights, caches and logits; tokens are int64 and video fp32 always.
+        layers, heads, head_dim, vocab: of the generator.
+    """
+
+    block: tuple[int, int, int]
+    latent: tuple[int, int, int]
+    condition_latents: int
+    video: tuple[int, int, int]
+    condition_frames: int
+    batch: int
+    dtype: Dtype
+    layers: int
+    heads: int
+    head_dim: int
+    vocab: int
+
+    @property
+    def block_size(self) -> int:
+        """L."""
+        return prod(self.block)
+
+    @property
+    def clip_tokens(self) -> int:
+        """Tokens of a whole clip."""
+        return prod(self.latent)
+
+    @property
+    def condition_tokens(self) -> int:
+        """P."""
+        return self.condition_latents * prod(self.latent[1:])
+
+    @property
+    def capacity(self) -> int:
+        """S: all tokens but the last block, which is never fed back."""
+        return self.clip_tokens - self.block_size
+
+    @property
+    def blocks(self) -> int:
+        """Blocks to predict; the prefill gives the first, so steps are one fewer."""
+        return (self.clip_tokens - self.condition_tokens) // self.block_size
+
+    @property
+    def block_text(self) -> str:
+        """`1x1x16`."""
+        return "x".join(map(str, self.block))
+
+    def order(self) -> np.ndarray:
+        """Raster index of each token of a whole clip in block order: int64 [T·H·W]."""
+        (t, h, w), (frames, rows, columns) = self.block, self.latent
+        raster = np.arange(self.clip_tokens).reshape(frames // t, t, rows // h, h, columns // w, w)
+        return raster.transpose(0, 2, 4, 1, 3, 5).reshape(-1)
+
+    def caches(self) -> tuple[TensorSpec, ...]:
+        """k_cache_0, v_cache_0, k_cache_1 … [B,N,S,D]."""
+        shape = (self.batch, self.heads, self.capacity, self.head_dim)
+        return tuple(TensorSpec(f"{kv}_cache_{i}", self.dtype, shape) for i in range(self.layers) for kv in "kv")
+
+    def _stepping(self, name: str, tokens: int) -> GraphSpec:
+        caches = self.caches()
+        return GraphSpec(
+            name,
+            (
+                TensorSpec("tokens", "int64", (self.batch, tokens)),
+                TensorSpec("cache_pos", "int64", (self.batch,)),
+                *caches,
+            ),
+            (
+                TensorSpec("logits", self.dtype, (self.batch, self.block_size, self.vocab)),
+                *(TensorSpec(f"{c.name}_out", c.dtype, c.shape) for c in caches),
+            ),
+        )
+
+    def generator_graphs(self) -> dict[str, GraphSpec]:
+        """`prefill` and `step`."""
+        return {
+            "prefill": self._stepping("prefill", self.condition_tokens),
+            "step": self._stepping("step", self.block_size),
+        }
+
+    def tokenizer_graphs(self) -> dict[str, GraphSpec]:
+        """`encode`, of the given frames, and `decode`, to the whole clip; tokens in raster order."""
+        frames, height, width = self.video
+        given = TensorSpec("video", "fp32", (self.batch, 3, self.condition_frames, height, width))
+        whole = TensorSpec("video", "fp32", (self.batch, 3, frames, height, width))
+        condition = TensorSpec("tokens", "int64", (self.batch, self.condition_tokens))
+        clip = TensorSpec("tokens", "int64", (self.batch, self.clip_tokens))
+        return {"encode": GraphSpec("encode", (given,), (condition,)), "decode": GraphSpec("decode", (clip,), (whole,))}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the inverse of `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Build from `to_json`'s values; raises TypeError for unknown or missing names."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})

@@ -1,0 +1,131 @@
+"""Traces the reference into static ONNX graphs whose inputs and outputs are those of the spec.
+
+Shape legend: B batch, T tokens in the call, P condition tokens, L tokens in a block, S cache slots.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+from onnxscript.values import Opset
+from torch import Tensor, nn
+
+from nbp_engines.spec import GraphSpec, SystemSpec
+from nbp_reference.config import ModelConfig, TokenizerConfig
+from nbp_reference.model import NextBlockTransformer
+from nbp_reference.tokenizer import VideoTokenizer
+
+OPSET = 24  # the first with TensorScatter
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int64": torch.int64}
+
+
+def system_spec(
+    model: ModelConfig, tokenizer: TokenizerConfig | None, dtype: str, batch: int, condition_latents: int | None = None
+) -> SystemSpec:
+    """All static numbers of a bundle. Without a tokenizer the video's size is unknown, and zero."""
+    given = condition_latents or model.condition_latents
+    video, condition_frames = (0, 0, 0), 0
+    if tokenizer:
+        _, high, wide = tokenizer.compression
+        video = (tokenizer.frames(model.latent.t), model.latent.h * high, model.latent.w * wide)
+        condition_frames = tokenizer.frames(given)
+    return SystemSpec(
+        block=(model.block.t, model.block.h, model.block.w),
+        latent=tuple(model.latent),
+        condition_latents=given,
+        video=video,
+        condition_frames=condition_frames,
+        batch=batch,
+        dtype=dtype,  # type: ignore[arg-type]
+        layers=model.layers,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        vocab=model.vocab,
+    )
+
+
+class _BlockStep(nn.Module):
+    """`block_step` with the caches as flat arguments k_0, v_0, k_1 …; serves prefill and step alike."""
+
+    def __init__(self, model: NextBlockTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, cache_pos: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        logits, k_out, v_out = self.model.block_step(tokens, cache_pos, caches[0::2], caches[1::2])
+        return logits, *(cache for pair in zip(k_out, v_out, strict=True) for cache in pair)
+
+
+class _Encode(nn.Module):
+    def __init__(self, tokenizer: VideoTokenizer, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.tokenizer.encode(video.to(self.dtype))
+
+
+class _Decode(nn.Module):
+    def __init__(self, tokenizer: VideoTokenizer, latent: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.latent = latent
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.tokenizer.decode(tokens, self.latent).float()
+
+
+def graph_module(spec: SystemSpec, name: str, model: nn.Module) -> nn.Module:
+    """The function behind the named graph, weights in the spec's dtype (the model is converted in place)."""
+    dtype = TORCH_DTYPES[spec.dtype]
+    model = model.to(dtype).eval()
+    if isinstance(model, NextBlockTransformer):
+        return _BlockStep(model)
+    assert isinstance(model, VideoTokenizer)
+    return _Encode(model, dtype) if name == "encode" else _Decode(model, spec.latent)
+
+
+def trace(module: nn.Module, spec: GraphSpec) -> ir.Model:
+    """One static graph of opset 24 with the spec's names; the weights stay where torch has them."""
+    # One tensor for each input: torch.export merges inputs that are the same object, silently.
+    example = tuple(torch.zeros(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.inputs)
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # wants torchvision
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about its pytrees
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        program = torch.onnx.export(
+            module.eval(),
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[t.name for t in spec.inputs],
+            output_names=[t.name for t in spec.outputs],
+            custom_translation_table={torch.ops.nbp.tensor_scatter.default: _tensor_scatter},
+            verbose=False,
+        )
+    assert program is not None
+    program.model.graph.name = spec.name
+    _anonymise(program.model)
+    return program.model
+
+
+def _tensor_scatter(cache: ir.Value, update: ir.Value, cache_pos: ir.Value) -> Sequence[ir.Value]:
+    """The cache write as one node, straight on the graph's input."""
+    written: Sequence[ir.Value] = Opset("", OPSET).TensorScatter(cache, update, cache_pos, axis=2, mode="linear")
+    return written
+
+
+def _anonymise(model: ir.Model) -> None:
+    """Drop the exporter's notes: stack traces with the paths of this machine."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()

@@ -1,0 +1,132 @@
+"""Exports a model to an ONNX bundle: trace, share the weights, lint, prove parity, and only then give it its name."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, File, Manifest
+from nbp_engines.errors import UsageError
+from nbp_engines.sampling import Sampling
+from nbp_engines.spec import SystemSpec
+from nbp_export import lint, parity
+from nbp_export.graphs import graph_module, system_spec, trace
+from nbp_export.sources import Source
+from nbp_export.weights import WeightPool, weights_sha256
+
+WEIGHTS = {"prefill": "generator.data", "step": "generator.data", "encode": "encode.data", "decode": "decode.data"}
+TOOLS = ("nbp-export", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+Report = Callable[[str], None]
+
+
+def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, report: Report = lambda _: None) -> Bundle:
+    """Write the bundle of a model to a folder that does not exist yet; the source's weights are rounded to `dtype`.
+
+    Every graph is checked against the reference before the folder appears: an interrupted or failed export leaves
+    nothing there. `report` is told each stage as it begins.
+
+    Raises UsageError if the folder exists, LintError or ParityError if a graph would not compute what the reference does.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists: choose another --out, or remove it first")
+    spec = system_spec(source.generator.config, source.tokenizer and source.tokenizer.config, dtype, batch)
+    with _appearing(out) as folder, torch.no_grad():
+        digest = weights_sha256(source.generator, source.tokenizer)
+        _write_graphs(source, spec, folder, report)
+        _write_manifest(source, spec, digest, folder)
+        bundle = Bundle.open(folder)
+        checks = []
+        for check in parity.check_bundle(bundle, source.generator, source.tokenizer):
+            if not checks or checks[-1].graph != check.graph or checks[-1].at != check.at:
+                report(f"check {check.graph} at {check.at}")
+            checks.append(check)
+        _write_json(folder / RECEIPT, receipt(bundle, checks))
+    return Bundle.open(out)
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A working folder beside `out` that takes its name only if all went well, and is gone otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report) -> None:
+    parts: list[tuple[nn.Module, dict[str, str]]] = [
+        (source.generator, {name: WEIGHTS[name] for name in spec.generator_graphs()})
+    ]
+    if source.tokenizer:
+        parts += [(source.tokenizer, {name: WEIGHTS[name]}) for name in spec.tokenizer_graphs()]
+    known = spec.generator_graphs() | spec.tokenizer_graphs()
+    for model, files in parts:
+        with WeightPool(folder / next(iter(files.values()))) as pool:
+            for name in files:
+                report(f"trace {name}")
+                graph = trace(graph_module(spec, name, model), known[name])
+                pool.take(graph)
+                ir.save(graph, folder / f"{name}.onnx")
+        model.float()  # from here on the reference: fp32 arithmetic on the rounded weights
+        for name in files:
+            report(f"lint {name}")
+            lint.check(folder / f"{name}.onnx", known[name])
+
+
+def _write_manifest(source: Source, spec: SystemSpec, digest: str, folder: Path) -> None:
+    config = {"generator": source.generator.config.to_json()}
+    if source.tokenizer:
+        config["tokenizer"] = source.tokenizer.config.to_json()
+    manifest = Manifest(
+        schema=SCHEMA,
+        runtime="onnx",
+        spec=spec,
+        graphs={name: f"{name}.onnx" for name in WEIGHTS if (folder / f"{name}.onnx").exists()},
+        files=tuple(File.of(path) for path in sorted(folder.iterdir())),
+        model={"name": source.name, "config": config, "weights_sha256": digest, "trained": source.trained},
+        sampling=Sampling(),
+        versions=versions(),
+        provenance={"note": source.note},
+    )
+    _write_json(folder / MANIFEST, manifest.to_json())
+
+
+def receipt(bundle: Bundle, checks: list[parity.Check]) -> dict[str, object]:
+    """The proof: the files it is about, by hash, and every check with its tolerance and worst element."""
+    worst = max(checks, key=lambda c: c.worst)
+    return {
+        "files": bundle.hashes(),
+        "reference": "nbp_reference, fp32 arithmetic, weights rounded to the bundle's dtype",
+        "runtime": "ONNX Runtime, CPU",
+        "worst": asdict(worst),
+        "checks": [asdict(check) for check in checks],
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the tools that an export depends on."""
+    found = {}
+    for tool in TOOLS:
+        try:
+            found[tool] = version(tool)
+        except PackageNotFoundError:
+            found[tool] = "not installed"
+    return found
+
+
+def _write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n")

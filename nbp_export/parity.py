@@ -1,0 +1,155 @@
+"""The proof that exported graphs compute what the reference does: the postcondition of every export.
+
+The caches hold random keys and values, different in every layer and never equal to each other, and large finite
+garbage in every slot that is not valid: a stale slot that leaks, swapped caches or a wrong mask cannot pass.
+Shape legend: B batch, N heads, S cache slots, D head dim, L tokens in a block.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nbp_engines.bundle import Bundle
+from nbp_engines.errors import NbpError
+from nbp_engines.ort import OrtSession
+from nbp_engines.spec import SystemSpec
+from nbp_reference.model import NextBlockTransformer
+from nbp_reference.tokenizer import VideoTokenizer
+
+# Largest error over the largest expected magnitude. fp32 differs by summation order (about 1e-6 here); fp16 rounds
+# every activation to 11 bits, layer after layer (about 2e-3).
+TOLERANCE = {"fp32": 5e-5, "fp16": 1e-2}
+GARBAGE = 1000.0
+
+
+class ParityError(NbpError):
+    """A graph that differs from the reference."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: how far it may be off, how far it is, and where."""
+
+    graph: str
+    at: str
+    tolerance: float
+    worst: float
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the worst element is within the tolerance; a NaN is not."""
+        return self.worst <= self.tolerance
+
+
+def compare(graph: str, at: str, name: str, found: np.ndarray, expected: np.ndarray, tolerance: float) -> Check:
+    """Worst element of `found` against `expected`, relative to the largest expected magnitude."""
+    scale = max(1.0, float(np.abs(expected).max()))
+    error = np.abs(found.astype(np.float64) - expected) / scale
+    error[~np.isfinite(error)] = np.inf
+    spot = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
+    where = f"{name}{list(spot)}: expected {expected[spot]:.6g}, found {found[spot]:.6g}"
+    return Check(graph, at, tolerance, float(error[spot]), where)
+
+
+def check_bundle(
+    bundle: Bundle, generator: NextBlockTransformer, tokenizer: VideoTokenizer | None, seed: int = 0
+) -> Iterator[Check]:
+    """Compare every graph of a bundle with the reference, one at a time; yields each passed check.
+
+    The reference computes in fp32 with weights rounded to the bundle's dtype. Raises ParityError at the first graph
+    that differs, with its worst element.
+    """
+    rng = np.random.default_rng(seed)
+    spec = bundle.manifest.spec
+    for name in bundle.manifest.graphs:
+        with OrtSession(bundle, graphs=[name]) as session, torch.inference_mode():
+            if name == "encode" and tokenizer:
+                checks = _encode(session, tokenizer, rng)
+            elif name == "decode" and tokenizer:
+                checks = _decode(session, tokenizer, rng)
+            else:
+                starts = [0] if name == "prefill" else step_positions(spec)
+                checks = (c for start in starts for c in _generator(session, name, generator, start, rng))
+            for check in checks:
+                if not check.passed:
+                    raise ParityError(
+                        f"{bundle.graph_file(name)} differs from the reference at {check.at}: {check.where} "
+                        f"(error {check.worst:.3g} of the largest value, allowed {check.tolerance:g}). "
+                        "Nothing was exported; please report this with the command and versions"
+                    )
+                yield check
+
+
+def step_positions(spec: SystemSpec) -> list[int]:
+    """The first, a middle and the last position that a generation steps at."""
+    last = spec.capacity - spec.block_size
+    steps = (last - spec.condition_tokens) // spec.block_size
+    return sorted({spec.condition_tokens + spec.block_size * s for s in (0, steps // 2, steps)})
+
+
+def _generator(
+    session: OrtSession, name: str, generator: NextBlockTransformer, start: int, rng: np.random.Generator
+) -> Iterator[Check]:
+    spec = session.spec
+    graph = spec.generator_graphs()[name]
+    tokens = rng.integers(0, spec.vocab, graph.inputs[0].shape)
+    # Rows of a batch at different positions, where there is room: the graph promises one position a row.
+    starts = [0 if name == "prefill" else max(start - b * spec.block_size, 0) for b in range(spec.batch)]
+    for buffer in session.caches.values():
+        buffer[...] = rng.choice([-1.0, 1.0], buffer.shape) * rng.uniform(GARBAGE / 2, GARBAGE, buffer.shape)
+        for row, valid in enumerate(starts):
+            buffer[row, :, :valid] = rng.standard_normal(buffer[row, :, :valid].shape)
+    before = {key: torch.from_numpy(value.astype(np.float32)) for key, value in session.caches.items()}
+    names = list(before)
+    cache_pos = np.array(starts)
+    logits, k_out, v_out = generator.block_step(
+        torch.from_numpy(tokens),
+        torch.from_numpy(cache_pos),
+        [before[key] for key in names[0::2]],
+        [before[key] for key in names[1::2]],
+    )
+    found = session.run(name, tokens=tokens, cache_pos=cache_pos)
+    at, tolerance = f"cache_pos {starts}", TOLERANCE[spec.dtype]
+    yield compare(name, at, "logits", found, logits.numpy(), tolerance)
+    expected = dict(zip(names, (c for pair in zip(k_out, v_out, strict=True) for c in pair), strict=True))
+    width = graph.inputs[0].shape[1]
+    for key in names:
+        written = [(found_row[:, s : s + width], row[:, s : s + width]) for found_row, row, s in
+                   zip(session.caches[key], expected[key].numpy(), starts, strict=True)]  # fmt: skip
+        yield compare(name, at, f"{key}_out", *map(np.stack, zip(*written, strict=True)), tolerance)
+        for row, s in enumerate(starts):  # every other slot must be exactly as it was
+            session.caches[key][row, :, s : s + width] = before[key][row, :, s : s + width]
+        yield compare(name, at, f"{key}_out outside the block", session.caches[key], before[key].numpy(), 0.0)
+
+
+def _encode(session: OrtSession, tokenizer: VideoTokenizer, rng: np.random.Generator) -> Iterator[Check]:
+    """Codes may differ only where the reference itself stands within the tolerance of a rounding edge."""
+    shape = session.spec.tokenizer_graphs()["encode"].inputs[0].shape
+    coarse = torch.from_numpy(rng.uniform(0, 1, (*shape[:3], shape[3] // 8, shape[4] // 8)).astype(np.float32))
+    video = torch.nn.functional.interpolate(coarse, shape[2:], mode="trilinear").numpy()
+    found = torch.from_numpy(session.run("encode", video=video))
+    bounded = tokenizer.fsq.bound(tokenizer.latents(torch.from_numpy(video))).flatten(1, 3)
+    digits = tokenizer.fsq.codes(found) * tokenizer.fsq.half_levels
+    # How far beyond its rounding interval the reference's value lies from the digit that the graph chose.
+    beyond = ((bounded - digits).abs() - 0.5).clamp(min=0)
+    tolerance = TOLERANCE[session.spec.dtype] * float(tokenizer.fsq.half_levels.max())
+    yield compare(
+        "encode", "smooth noise", "tokens beyond a rounding edge", beyond.numpy(), np.zeros(beyond.shape), tolerance
+    )
+
+
+def _decode(session: OrtSession, tokenizer: VideoTokenizer, rng: np.random.Generator) -> Iterator[Check]:
+    spec = session.spec
+    tokens = rng.integers(0, tokenizer.config.vocab, (spec.batch, spec.clip_tokens))
+    expected = tokenizer.decode(torch.from_numpy(tokens), spec.latent)
+    yield compare(
+        "decode",
+        "random tokens",
+        "video",
+        session.run("decode", tokens=tokens),
+        expected.numpy(),
+        TOLERANCE[spec.dtype],
+    )

@@ -1,0 +1,109 @@
+"""Finds the model that a command line asks for: a checkpoint, a named size with random weights, or the bundled nbp-tiny."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from nbp_engines.errors import UsageError
+from nbp_reference import checkpoint
+from nbp_reference.config import MODELS, TOKENIZERS, BlockShape, ModelConfig
+from nbp_reference.model import NextBlockTransformer
+from nbp_reference.tokenizer import VideoTokenizer
+
+TINY = "nbp-tiny"
+
+
+class Request(NamedTuple):
+    """What was asked for on the command line; None where nothing was."""
+
+    model: str | None = None
+    checkpoint: Path | None = None
+    tokenizer: Path | None = None
+    weights: str | None = None
+    block: str | None = None
+    timing_only: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in evaluation mode.
+
+    Attributes:
+        name: for tables and folder names.
+        generator: its config's block is the one asked for.
+        tokenizer: None where no file brought one.
+        trained: whether its output means anything.
+        note: one line that tells the user what this is.
+    """
+
+    name: str
+    generator: NextBlockTransformer
+    tokenizer: VideoTokenizer | None
+    trained: bool
+    note: str
+
+
+def find(request: Request) -> Source:
+    """The model of a request.
+
+    Raises UsageError for requests that contradict themselves or ask for weights that nobody has, BlockShapeError
+    for a block that does not tile, CheckpointError for a file that cannot be loaded.
+    """
+    if request.checkpoint:
+        if request.model or request.weights:
+            raise UsageError("--checkpoint says what the model is: leave out --model and --weights")
+        return _from_checkpoint(request, request.checkpoint)
+    name = request.model or TINY
+    if name not in MODELS:
+        raise UsageError(f"no model {name!r}: there are {', '.join(MODELS)}")
+    if request.weights == "random":
+        return _random(name, MODELS[name].with_block(request.block or str(MODELS[name].block)))
+    if name != TINY:
+        raise UsageError(f"{name} has no bundled weights: give --checkpoint FILE, or --weights random to time it")
+    return _bundled(request)
+
+
+def _from_checkpoint(request: Request, path: Path) -> Source:
+    loaded = checkpoint.load(path)
+    if loaded.generator is None:
+        raise UsageError(f"{path} holds only a tokenizer: give the generator as --checkpoint, this one as --tokenizer")
+    tokenizer = loaded.tokenizer
+    if request.tokenizer:
+        tokenizer = checkpoint.load(request.tokenizer).tokenizer
+        if tokenizer is None:
+            raise UsageError(f"{request.tokenizer} holds no tokenizer")
+    if tokenizer and tokenizer.config.vocab != loaded.generator.config.vocab:
+        codes, ids = tokenizer.config.vocab, loaded.generator.config.vocab
+        raise UsageError(f"the tokenizer has {codes} codes, the generator {ids} ids: they do not belong together")
+    trained_for = loaded.generator.config.block
+    config = loaded.generator.config.with_block(request.block or str(trained_for))
+    # The authors' files tell the size of the block, not its shape.
+    fits = config.block == trained_for if path.suffix == ".safetensors" else config.block.size == trained_for.size
+    if not fits and not request.timing_only:
+        raise UsageError(
+            f"{path} was trained for block {trained_for}, not {config.block}: its output would be noise. "
+            f"Use --block {trained_for}, or --timing-only if only the speed matters"
+        )
+    loaded.generator.config = config
+    note = f"{path.name}, block {config.block}" + ("" if fits else f" (trained for {trained_for}: timing only)")
+    return Source(path.stem, loaded.generator, tokenizer, fits, note)
+
+
+def _random(name: str, config: ModelConfig) -> Source:
+    with torch.device("meta"):
+        generator = NextBlockTransformer(config)
+    generator.to_empty(device="cpu").reset(seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = VideoTokenizer(TOKENIZERS[name if name in TOKENIZERS else "official"])
+    note = f"{name} with random weights, block {config.block}: speed means something, quality is not measured"
+    return Source(name, generator.eval(), tokenizer.eval(), False, note)
+
+
+def _bundled(request: Request) -> Source:
+    config = MODELS[TINY].with_block(request.block or str(BlockShape(1, 1, 16)))
+    generator, tokenizer = checkpoint.bundled(config.block)
+    note = f"bundled {TINY} for block {config.block} (no --model, no --checkpoint given)"
+    return Source(TINY, generator, tokenizer, True, note)
