@@ -56,10 +56,11 @@ def bundled(block: BlockShape) -> tuple[NextBlockTransformer, VideoTokenizer]:
     if str(block) not in found:
         there = ", ".join(sorted(found, key=len)) or "none"
         raise CheckpointError(
-            f"no bundled nbp-tiny for block {block}; there are: {there}. Any other block can be timed with --weights random"
+            f"no bundled nbp-tiny for block {block}; there are: {there}. --weights random times any other block"
         )
     generator, tokenizer = load(found[str(block)]).generator, load(WEIGHTS / "tokenizer.safetensors").tokenizer
-    assert generator is not None and tokenizer is not None  # the files are ours
+    assert generator is not None  # the files are ours
+    assert tokenizer is not None
     return generator, tokenizer
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbp_reference.config import Latent, TokenizerConfig
+from nbp_reference.config import TokenizerConfig
 
 
 class CausalConv3d(nn.Module):
@@ -189,7 +189,7 @@ class VideoTokenizer(nn.Module):
         """Video [B,3,F,H,W], not clamped, of codes [B,T,h,w,d] in [-1,1]."""
         return cast(Tensor, self.decoder_layers(codes.permute(0, 4, 1, 2, 3)))
 
-    def decode(self, tokens: Tensor, latent: Latent) -> Tensor:
-        """Video [B,3,F,H,W] in [0,1] of token ids [B,T·h·w] in raster order."""
+    def decode(self, tokens: Tensor, latent: tuple[int, int, int]) -> Tensor:
+        """Video [B,3,F,H,W] in [0,1] of token ids [B,T·h·w] in raster order; the latent is (T, h, w)."""
         codes = self.fsq.codes(tokens.unflatten(1, latent))
         return self.reconstruct(codes.to(next(self.decoder_layers.parameters()).dtype)).clamp(0, 1)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nbp_reference import checkpoint
-from nbp_reference.config import MODELS, TOKENIZERS, Latent, ModelConfig
+from nbp_reference.config import MODELS, TOKENIZERS, BlockShape, Latent, ModelConfig
 from nbp_reference.errors import CheckpointError, ReferenceError
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
@@ -294,3 +294,17 @@ def test_a_stranger_s_safetensors_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="names neither a generator nor a tokenizer"):
         checkpoint.load(tmp_path / "a.safetensors")
+
+
+def test_the_bundled_model_is_the_one_for_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    with pytest.raises(CheckpointError, match="there are: none"):
+        checkpoint.bundled(BlockShape(1, 1, 4))
+    checkpoint.save(filled(VideoTokenizer(TOKENIZERS["nbp-tiny"])), tmp_path / "tokenizer.safetensors")
+    for block in ("2x2x2", "1x1x4"):
+        checkpoint.save(small_generator(block), tmp_path / f"generator-{block}.safetensors")
+    generator, tokenizer = checkpoint.bundled(BlockShape(1, 1, 4))
+    assert generator.config == small_generator("1x1x4").config
+    assert tokenizer.config == TOKENIZERS["nbp-tiny"]
+    with pytest.raises(CheckpointError, match=r"block 1x4x4; there are: (1x1x4, 2x2x2|2x2x2, 1x1x4)"):
+        checkpoint.bundled(BlockShape(1, 4, 4))

@@ -116,6 +116,15 @@ def test_block_means_average_the_pixels_behind_each_token() -> None:
     assert means[4, 15, 0] == pytest.approx(video[13:, :, 120:, :8].mean((0, 2, 3)) / 255)
 
 
+def test_opponent_means_are_the_block_means_in_other_axes() -> None:
+    video = np.random.default_rng(0).integers(0, 256, (17, 3, 128, 128)).astype(np.uint8)
+    r, g, b = train.block_means([video]).T
+    expected = np.stack([(r + g + b - 1.35) / 0.75, (r - b) / 0.12, (g - (r + b) / 2) / 0.06], 1)
+    means = train.opponent_means(train.to_video([video]))
+    assert means.shape == (1, 5, 16, 16, 3)
+    np.testing.assert_allclose(means.reshape(-1, 3).numpy(), expected, atol=1e-4)
+
+
 def test_kmeans_psnr_is_that_of_the_best_colours() -> None:
     """Two flat colours, one code: the best single colour is their mean, half their distance from both."""
     dark, light = (np.full((17, 3, 128, 128), value, np.uint8) for value in (51, 153))
