@@ -21,24 +21,21 @@ OPSET = 24  # the first with TensorScatter
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int64": torch.int64}
 
 
-def system_spec(
-    model: ModelConfig, tokenizer: TokenizerConfig | None, dtype: str, batch: int, condition_latents: int | None = None
-) -> SystemSpec:
+def system_spec(model: ModelConfig, tokenizer: TokenizerConfig | None, dtype: str, batch: int) -> SystemSpec:
     """All static numbers of a bundle. Without a tokenizer the video's size is unknown, and zero."""
-    given = condition_latents or model.condition_latents
     video, condition_frames = (0, 0, 0), 0
     if tokenizer:
         _, high, wide = tokenizer.compression
         video = (tokenizer.frames(model.latent.t), model.latent.h * high, model.latent.w * wide)
-        condition_frames = tokenizer.frames(given)
+        condition_frames = tokenizer.frames(model.condition_latents)
     return SystemSpec(
         block=(model.block.t, model.block.h, model.block.w),
-        latent=tuple(model.latent),
-        condition_latents=given,
+        latent=(model.latent.t, model.latent.h, model.latent.w),
+        condition_latents=model.condition_latents,
         video=video,
         condition_frames=condition_frames,
         batch=batch,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         layers=model.layers,
         heads=model.heads,
         head_dim=model.head_dim,

@@ -33,7 +33,7 @@ def _named(model: ModelProto, *ops: str) -> list[NodeProto]:
 
 
 def signature(model: ModelProto, spec: GraphSpec) -> Iterator[str]:
-    """Inputs and outputs are the spec's, and no input is ignored (torch.export merges example inputs that are one object)."""
+    """Inputs and outputs are the spec's, and no input is ignored: torch.export merges examples that are one object."""
     for kind, values, expected in (
         ("inputs", model.graph.input, spec.inputs),
         ("outputs", model.graph.output, spec.outputs),
@@ -52,7 +52,7 @@ def signature(model: ModelProto, spec: GraphSpec) -> Iterator[str]:
             yield f"input {value.name} is never used"
 
 
-def opset(model: ModelProto, spec: GraphSpec) -> Iterator[str]:
+def opset(model: ModelProto, _: GraphSpec) -> Iterator[str]:
     """Standard operators of one opset only: what every runtime knows."""
     imports = {o.domain or "ai.onnx": o.version for o in model.opset_import}
     if set(imports) != {"ai.onnx"} or imports["ai.onnx"] != 24 or model.functions:
@@ -67,13 +67,13 @@ def cache_writes(model: ModelProto, spec: GraphSpec) -> Iterator[str]:
         yield f"{node.op_type} {node.name}: copies the caches every iteration; loop on the host"
     writes = {node.output[0]: node for node in _named(model, "TensorScatter")}
     for output, cache in spec.aliases.items():
-        node = writes.get(output)
-        if node is None or node.input[0] != cache:
+        if output not in writes or writes[output].input[0] != cache:
             yield f"{output} is not TensorScatter of the graph input {cache}: it cannot be updated in place"
             continue
+        node = writes[output]
         attributes = _attributes(node)
         if attributes.get("axis", -2) not in (2, -2) or attributes.get("mode", b"linear") != b"linear":
-            yield f"{node.name} ({output}): axis {attributes.get('axis')}, mode {attributes.get('mode')!r}; 2 and linear are due"
+            yield f"{node.name} ({output}): {attributes}; axis 2 and mode linear are due"
         readers = [n for n in model.graph.node if cache in n.input]
         if len(readers) != 1:
             yield f"{cache} is read by {len(readers)} nodes; a second reader sees the rows change under it"
@@ -89,7 +89,7 @@ def attention(model: ModelProto, spec: GraphSpec) -> Iterator[str]:
         attributes = _attributes(node)
         inputs = [i for i, name in enumerate(node.input) if name]
         if 6 in inputs:
-            yield f"{node.name}: nonpad_kv_seqlen is dropped by TensorRT, which then attends to stale slots; use the mask"
+            yield f"{node.name}: nonpad_kv_seqlen is dropped by TensorRT, which then sees stale slots; use the mask"
         if 4 in inputs or 5 in inputs or len(node.output) > 1:
             yield f"{node.name}: past and present inputs make the cache grow; the caches are TensorScatter's"
         if 3 not in inputs:

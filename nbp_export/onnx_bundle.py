@@ -33,17 +33,17 @@ def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, repor
     Every graph is checked against the reference before the folder appears: an interrupted or failed export leaves
     nothing there. `report` is told each stage as it begins.
 
-    Raises UsageError if the folder exists, LintError or ParityError if a graph would not compute what the reference does.
+    Raises UsageError if the folder exists, LintError or ParityError if a graph would not do what the reference does.
     """
     if out.exists():
         raise UsageError(f"{out} exists: choose another --out, or remove it first")
-    spec = system_spec(source.generator.config, source.tokenizer and source.tokenizer.config, dtype, batch)
+    spec = system_spec(source.generator.config, source.tokenizer.config if source.tokenizer else None, dtype, batch)
     with _appearing(out) as folder, torch.no_grad():
         digest = weights_sha256(source.generator, source.tokenizer)
         _write_graphs(source, spec, folder, report)
         _write_manifest(source, spec, digest, folder)
         bundle = Bundle.open(folder)
-        checks = []
+        checks: list[parity.Check] = []
         for check in parity.check_bundle(bundle, source.generator, source.tokenizer):
             if not checks or checks[-1].graph != check.graph or checks[-1].at != check.at:
                 report(f"check {check.graph} at {check.at}")

@@ -1,4 +1,4 @@
-"""Finds the model that a command line asks for: a checkpoint, a named size with random weights, or the bundled nbp-tiny."""
+"""Finds the model that a command line asks for: a checkpoint, a size with random weights, or the bundled nbp-tiny."""
 
 from dataclasses import dataclass
 from pathlib import Path

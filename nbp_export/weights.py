@@ -38,7 +38,7 @@ class WeightPool:
                 self._written[digest],
                 len(data),
                 tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
                 base_dir=self._path.parent,
             )

@@ -30,7 +30,7 @@ def nucleus(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if drop > 0:
         smallest = np.partition(scaled, drop, axis=-1)[..., drop, None]
         scaled[scaled < smallest] = -np.inf
-    probs = np.exp(scaled - scaled.max(-1, keepdims=True))
+    probs: np.ndarray = np.exp(scaled - scaled.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
     order = np.argsort(-probs, axis=-1, kind="stable")
     ranked = np.take_along_axis(probs, order, -1)
@@ -42,7 +42,7 @@ def nucleus(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 def sample(logits: np.ndarray, uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Draw one token a row: int64 [...] of logits [..., V] and uniforms [...] in [0,1)."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return np.asarray(logits.argmax(-1))
     return draw(nucleus(logits, sampling), uniforms)
 
 

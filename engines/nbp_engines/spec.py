@@ -6,12 +6,11 @@ F frames, T×H×W latent frames, rows and columns of tokens.
 
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
-Dtype = Literal["fp32", "fp16"]
-NUMPY_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "int64": np.dtype(np.int64)}
+NUMPY_DTYPES: dict[str, type] = {"fp32": np.float32, "fp16": np.float16, "int64": np.int64}
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,8 @@ class TensorSpec:
 
     def empty(self) -> np.ndarray:
         """A zeroed buffer for it."""
-        return np.zeros(self.shape, NUMPY_DTYPES[self.dtype])
+        buffer: np.ndarray = np.zeros(self.shape, NUMPY_DTYPES[self.dtype])
+        return buffer
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SystemSpec:
         video: (F, height, width) in pixels of a whole clip.
         condition_frames: video frames that are given.
         batch: clips generated at once, B.
-        dtype: of weights, caches and logits; tokens are int64 and video fp32 always.
+        dtype: fp32 or fp16, of weights, caches and logits; tokens are int64 and video fp32 always.
         layers, heads, head_dim, vocab: of the generator.
     """
 
@@ -63,7 +63,7 @@ class SystemSpec:
     video: tuple[int, int, int]
     condition_frames: int
     batch: int
-    dtype: Dtype
+    dtype: str
     layers: int
     heads: int
     head_dim: int
@@ -148,4 +148,5 @@ class SystemSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Build from `to_json`'s values; raises TypeError for unknown or missing names."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)

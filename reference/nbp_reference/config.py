@@ -220,8 +220,8 @@ MODELS = {
 TOKENIZERS = {
     "official": TokenizerConfig(),
     "nbp-tiny": TokenizerConfig(
-        stages=(Stage(16, 1), Stage(24, 1), Stage(48, 1), Stage(48, 1)),
+        stages=(Stage(24, 0), Stage(24, 1), Stage(48, 1), Stage(48, 1)),
         levels=(8, 5, 5, 5),
-        groups=4,
+        groups=1,
     ),
 }

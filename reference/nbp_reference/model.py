@@ -64,8 +64,8 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in heads)
         return q, k, v
 
-    def attend(self, q_BNTD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, mask: Tensor) -> Tensor:
-        """Attention over the slots that the mask shows, merged and projected: [B,T,C]."""
+    def attend(self, q_BNTD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention over the slots that the mask shows, all if None, merged and projected: [B,T,C]."""
         out_BNTD = F.scaled_dot_product_attention(q_BNTD, k_BNSD, v_BNSD, attn_mask=mask)
         return cast(Tensor, self.proj(out_BNTD.transpose(1, 2).flatten(2)))
 

@@ -92,35 +92,26 @@ class DepthToSpace(nn.Module):
 class FSQ(nn.Module):
     """Finite scalar quantisation without parameters: each channel rounds to one of a few levels."""
 
-    half_width: Tensor
-    offset: Tensor
-    shift: Tensor
-    half_levels: Tensor
     levels: Tensor
+    half_levels: Tensor
     basis: Tensor
 
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
-        # On the CPU even where the weights are built on `meta`: a checkpoint does not hold these.
+        # Integers, so that a model in half precision keeps them exact; on the CPU even where the weights are built
+        # on `meta`, since a checkpoint does not hold these.
         level = torch.tensor(levels, device="cpu")
-        half_width = (level - 1) * (1 - 1e-3) / 2
-        offset = 0.5 * (level % 2 == 0)
+        self.register_buffer("levels", level, persistent=False)
+        self.register_buffer("half_levels", level // 2, persistent=False)
         basis = torch.tensor([prod(levels[:i]) for i in range(len(levels))], device="cpu")
-        # tan, not atanh: a slip in the original that every published checkpoint was trained with.
-        shift = torch.tan(offset / half_width)
-        for name, value in {
-            "half_width": half_width,
-            "offset": offset,
-            "shift": shift,
-            "half_levels": level // 2,
-            "levels": level,
-            "basis": basis,
-        }.items():
-            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("basis", basis, persistent=False)
 
     def bound(self, z: Tensor) -> Tensor:
         """Squash z [..., d] into each channel's range of level numbers, before rounding."""
-        return torch.tanh(z + self.shift) * self.half_width - self.offset
+        half_width = (self.levels - 1) * (1 - 1e-3) / 2
+        offset = 0.5 * (self.levels % 2 == 0)
+        # tan, not atanh: a slip in the original that every published checkpoint was trained with.
+        return torch.tanh(z + torch.tan(offset / half_width)) * half_width - offset
 
     def quantize(self, z: Tensor) -> Tensor:
         """Codes in [-1,1], [..., d]; the gradient passes straight through the rounding."""

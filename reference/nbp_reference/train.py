@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nbp_reference import checkpoint, clips
 from nbp_reference.config import MODELS, TOKENIZERS
 from nbp_reference.model import NextBlockTransformer
-from nbp_reference.tokenizer import VideoTokenizer
+from nbp_reference.tokenizer import CausalConv3d, VideoTokenizer
 
 SIDE = 128  # pixels
 FRAMES = 17
@@ -157,6 +157,21 @@ def encode_all(tokenizer: VideoTokenizer, windows: list[np.ndarray]) -> Tensor:
         return torch.cat([tokenizer.encode(to_video([w])) for w in windows])
 
 
+def keep_brightness(model: VideoTokenizer) -> None:
+    """Start the convolutions between the residual units with spread-out biases.
+
+    GroupNorm takes a frame's own mean and deviation away, and with them how bright it is. Channels that are constant
+    hold the statistics still, so that the level survives; left to itself the network is slow to grow such channels.
+    """
+    between = [*model.encoder_layers.children(), *model.decoder_layers.children()]
+    *inner, last = (
+        layer.conv.bias for layer in between if isinstance(layer, CausalConv3d) and layer.conv.bias is not None
+    )
+    for bias in inner:
+        nn.init.normal_(bias)
+    nn.init.constant_(last, 0.5)
+
+
 @click.group()
 def main() -> None:
     """Train the nbp-tiny weights."""
@@ -164,13 +179,14 @@ def main() -> None:
 
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Folder of the run.")
-@click.option("--steps", default=3600)
+@click.option("--steps", default=2600)
 @click.option("--seed", default=0)
 def tokenizer(out: Path, steps: int, seed: int) -> None:
     """The tokenizer, by mean squared error on 9×96×96 crops."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = VideoTokenizer(TOKENIZERS["nbp-tiny"]).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    keep_brightness(model)
     train, _ = parts()
     held = held_out_windows()
 
@@ -182,7 +198,7 @@ def tokenizer(out: Path, steps: int, seed: int) -> None:
         video = to_video([random_window(train, rng, CROP_FRAMES, CROP) for _ in range(2)])
         latents = model.latents(video).float()
         # Left alone, the quantiser starts with a few grey codes and stays there: first show it colour.
-        guide = max(0.0, 1 - step / (0.3 * steps))
+        guide = max(0.0, 1 - step / (0.25 * steps))
         return error(video, latents) + 0.1 * guide * F.mse_loss(latents[..., :3], opponent_means(video))
 
     def psnr(windows: list[np.ndarray]) -> float:

@@ -1,0 +1,70 @@
+"""What a measurement ran on."""
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("nbp-export", "torch", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine fields of a record."""
+
+    machine: str
+    cores: int
+    memory_bytes: int
+    system: str
+    python: str
+    versions: str
+
+
+def describe() -> Machine:
+    """This machine."""
+    return Machine(
+        machine=_processor(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        versions=", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+    )
+
+
+def available_memory() -> int:
+    """Bytes that new processes can take without swapping; all of the memory where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would count what the parent had when it forked
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

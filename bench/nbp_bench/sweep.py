@@ -1,0 +1,215 @@
+"""The measurement: for each block shape, export once, then let the engines take turns clip by clip."""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from nbp_bench.machine import available_memory, describe
+from nbp_bench.worker import Job, Result, Worker
+from nbp_engines.bundle import Bundle
+from nbp_engines.errors import BundleError, UsageError
+from nbp_engines.sampling import Sampling
+from nbp_engines.spec import SystemSpec
+from nbp_export.graphs import system_spec
+from nbp_export.onnx_bundle import export, versions
+from nbp_export.sources import Request, Source, find
+from nbp_export.weights import weights_sha256
+from nbp_reports.record import Record
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        requests: one model a block shape.
+        engines: in the order of the table.
+        conditions: uint8 [F,3,H,W] windows to predict from, taken in turn.
+        video: their name.
+        clips: measured clips an engine and shape.
+        batch, threads, seed, sampling: as in the records.
+        out: folder for bundles.
+    """
+
+    requests: Sequence[Request]
+    engines: Sequence[str]
+    conditions: Sequence[np.ndarray]
+    video: str
+    clips: int
+    batch: int
+    threads: int | None
+    seed: int
+    out: Path
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A record with the clips behind it."""
+
+    record: Record
+    results: Sequence[Result]
+
+
+def sweep(plan: Plan, report: Report) -> list[Measured]:
+    """Measure every engine at every block shape; `report` is told each thing as it begins."""
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    return [row for request in plan.requests for row in _measure(plan, request, began, report)]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is left of a model when its weights are freed."""
+
+    name: str
+    digest: str
+    trained: bool
+    spec: SystemSpec
+    parameters: int
+
+
+def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[Measured]:
+    source = find(request)
+    report(source.note)
+    if source.tokenizer is None:
+        raise UsageError(f"{source.name} has no tokenizer, so no video can be predicted: give --tokenizer FILE")
+    subject = _Subject(
+        source.name,
+        weights_sha256(source.generator, source.tokenizer),
+        source.trained,
+        system_spec(source.generator.config, source.tokenizer.config, "fp32", plan.batch),
+        sum(p.numel() for model in (source.generator, source.tokenizer) for p in model.parameters()),
+    )
+    bundle = _bundle(plan, source, subject, report).path if "onnx" in plan.engines else None
+    del source  # each engine loads its own
+    jobs = [Job(e, request, bundle, plan.batch, plan.sampling, plan.seed, plan.threads) for e in plan.engines]
+    # ONNX Runtime keeps a prepacked copy of the weights for each graph beside the file's.
+    copies = len(jobs) + 2 * ("onnx" in plan.engines)
+    together = 4 * subject.parameters * copies < 0.7 * available_memory()
+    turns = [jobs] if together else [[job] for job in jobs]
+    runs = [run for turn in turns for run in _take_turns(plan, turn, subject.spec.block_text, report)]
+    reference = next((run.results for job, run in zip(jobs, runs, strict=True) if job.engine == "reference"), None)
+    return [
+        Measured(_record(plan, subject, job, run, reference, began, together), run.results)
+        for job, run in zip(jobs, runs, strict=True)
+    ]
+
+
+def _bundle(plan: Plan, source: Source, subject: _Subject, report: Report) -> Bundle:
+    """The exported model: the one from an earlier run if it is the same, proven and intact, else a new one."""
+    name = f"{subject.name}-{subject.spec.block_text}-b{plan.batch}-fp32-{subject.digest[:12]}"
+    folder = plan.out / "bundles" / name
+    if folder.exists():
+        try:
+            bundle = Bundle.open(folder)
+            if bundle.receipt() and bundle.manifest.versions == versions():
+                return bundle
+            why = "it was made by other versions"
+        except BundleError as error:
+            why = error.message
+        raise UsageError(f"{folder} cannot be used, {why}: remove it, or choose another --out")
+    return export(source, folder, "fp32", plan.batch, lambda stage: report(f"export: {stage}"))
+
+
+@dataclass(frozen=True)
+class _Run:
+    results: list[Result]
+    first_frames: list[Result]
+    peak_memory: int
+
+
+def _take_turns(plan: Plan, jobs: Sequence[Job], block: str, report: Report) -> list[_Run]:
+    """Run the engines A B C, C B A, …, so that a machine that slows down slows them all."""
+    runs = [_Run([], [], 0) for _ in jobs]
+    with ExitStack() as stack:
+        workers = []
+        for job in jobs:
+            report(f"{block} {job.engine}: load and warm up")
+            workers.append(stack.enter_context(Worker(job)))
+            workers[-1].call("warm_up", _frames(plan, 0))
+        for clip in range(plan.clips):
+            turn = list(zip(jobs, workers, runs, strict=True))
+            for job, worker, run in turn if clip % 2 == 0 else turn[::-1]:
+                report(f"{block} {job.engine}: clip {clip + 1} of {plan.clips}")
+                run.results.append(worker.call("predict", _frames(plan, clip), clip * plan.batch))
+        for job, worker, run in zip(jobs, workers, runs, strict=True):
+            report(f"{block} {job.engine}: first frame")
+            run.first_frames.append(worker.call("first_frame", _frames(plan, 0), 0))
+        return [
+            _Run(run.results, run.first_frames, worker.call("peak_memory"))
+            for run, worker in zip(runs, workers, strict=True)
+        ]
+
+
+def _frames(plan: Plan, clip: int) -> np.ndarray:
+    """The condition of a clip, the same for all of a batch: float32 [B,3,F,H,W]."""
+    window = plan.conditions[clip % len(plan.conditions)]
+    video = np.ascontiguousarray(window.swapaxes(0, 1)[None].astype(np.float32) / 255)
+    return np.repeat(video, plan.batch, axis=0)
+
+
+def _record(
+    plan: Plan,
+    subject: _Subject,
+    job: Job,
+    run: _Run,
+    reference: Sequence[Result] | None,
+    began: str,
+    together: bool,
+) -> Record:
+    spec = subject.spec
+
+    def spans(stage: str) -> list[int]:
+        return [ns for result in run.results for name, ns in result.spans if name == stage]
+
+    agreement, divergence = None, None
+    if reference and job.engine != "reference":
+        agreement, divergence = _compare(run.results, reference, spec)
+    return Record(
+        run=began,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **vars(describe()),
+        model=subject.name,
+        weights_sha256=subject.digest,
+        trained=subject.trained,
+        block=spec.block_text,
+        block_size=spec.block_size,
+        engine=job.engine,
+        dtype=spec.dtype,
+        batch=plan.batch,
+        threads=plan.threads,
+        device="cpu",
+        video=plan.video,
+        seed=plan.seed,
+        temperature=plan.sampling.temperature,
+        top_k=plan.sampling.top_k,
+        top_p=plan.sampling.top_p,
+        interleaved=together,
+        frames=spec.video[0] - spec.condition_frames,
+        steps=spec.blocks,
+        total_ns=[sum(ns for _, ns in result.spans) for result in run.results],
+        encode_ns=spans("encode"),
+        prefill_ns=spans("prefill"),
+        step_ns=spans("step"),
+        sample_ns=spans("sample"),
+        decode_ns=spans("decode"),
+        first_frame_ns=[sum(ns for _, ns in result.spans) for result in run.first_frames],
+        peak_memory_bytes=run.peak_memory,
+        token_agreement=agreement,
+        first_divergence=divergence,
+    )
+
+
+def _compare(results: Sequence[Result], reference: Sequence[Result], spec: SystemSpec) -> tuple[float, int | None]:
+    """Share of predicted tokens that are equal, and the earliest in generation order that is not."""
+    predicted = spec.order()[spec.condition_tokens :]
+    equal = np.concatenate([(a.tokens == b.tokens)[:, predicted] for a, b in zip(results, reference, strict=True)])
+    return float(equal.mean()), None if equal.all() else int((~equal).any(0).argmax())

@@ -1,0 +1,157 @@
+"""One engine in a process of its own, so that its peak memory is its own and nothing else runs in its threads.
+
+The parent and the child talk in pairs: a method name with arguments goes in, its result or an error comes out.
+"""
+
+import multiprocessing
+from collections.abc import Sequence
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import click
+import numpy as np
+
+from nbp_bench.machine import peak_memory
+from nbp_engines.errors import EngineError
+from nbp_engines.generator import Clip, Generator
+from nbp_engines.sampling import Sampling
+from nbp_engines.session import Session, open_session
+from nbp_export.graphs import system_spec
+from nbp_export.sources import Request, find
+
+ENGINES = ("naive", "reference", "onnx")
+WARM_UP_BLOCKS = 4
+
+
+class Job(NamedTuple):
+    """What a worker loads."""
+
+    engine: str
+    request: Request
+    bundle: Path | None
+    batch: int
+    sampling: Sampling
+    seed: int
+    threads: int | None
+
+
+class Result(NamedTuple):
+    """One generated clip: predicted video, all tokens, and the stages in order."""
+
+    video: np.ndarray
+    tokens: np.ndarray
+    spans: Sequence[tuple[str, int]]
+
+    @classmethod
+    def of(cls, clip: Clip) -> Self:
+        """What the parent needs of a clip."""
+        return cls(clip.video, clip.tokens, clip.timeline.spans)
+
+
+def open_engine(job: Job) -> Session:
+    """The session of a job, in this process."""
+    if job.engine == "onnx":
+        assert job.bundle is not None  # the sweep exports one before
+        return open_session(job.bundle, job.threads)
+    import torch
+
+    from nbp_bench.engines import NaiveSession, ReferenceSession
+
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    source = find(job.request)
+    tokenizer = source.tokenizer.config if source.tokenizer else None
+    spec = system_spec(source.generator.config, tokenizer, "fp32", job.batch)
+    kind = NaiveSession if job.engine == "naive" else ReferenceSession
+    return kind(spec, source.generator, source.tokenizer)
+
+
+class _Calls:
+    """What the parent may ask for."""
+
+    def __init__(self, job: Job) -> None:
+        self.session = open_engine(job)
+        self.generator = Generator(self.session, job.sampling, job.seed)
+
+    def warm_up(self, frames: np.ndarray) -> None:
+        """Every graph once, a few steps: first calls allocate and choose kernels."""
+        condition = self.session.encode(frames)
+        for tokens in islice(self.generator.blocks(condition), WARM_UP_BLOCKS):
+            last = tokens
+        self.session.decode(last)
+
+    def predict(self, frames: np.ndarray, sample: int) -> Result:
+        """A whole clip."""
+        return Result.of(self.generator.predict(frames, sample))
+
+    def first_frame(self, frames: np.ndarray, sample: int) -> Result:
+        """A streamed clip, up to its first predicted frames."""
+        return Result.of(next(self.generator.stream(frames, sample)))
+
+    def peak_memory(self) -> int:
+        """Bytes, of the whole life of this process."""
+        return peak_memory()
+
+
+def _serve(pipe: Connection, job: Job) -> None:
+    try:
+        calls = _Calls(job)
+        pipe.send((True, None))
+        while (message := pipe.recv()) is not None:
+            name, arguments = message
+            pipe.send((True, getattr(calls, name)(*arguments)))
+    except click.ClickException as error:
+        pipe.send((False, error.message))
+    except (KeyboardInterrupt, EOFError):
+        pass
+    except Exception as error:
+        pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+class Worker:
+    """The parent's end of one engine's process."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def call(self, name: str, *arguments: object) -> Any:
+        """Run a method of the child; raises EngineError with the child's own words if it fails or dies."""
+        self._pipe.send((name, arguments))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            ok, result = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise EngineError(
+                f"engine {self.job.engine} died with exit code {self._process.exitcode}"
+                + (" (out of memory?)" if self._process.exitcode == -9 else "")
+            ) from None
+        if not ok:
+            raise EngineError(f"engine {self.job.engine}: {result}")
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.is_alive():
+            self._pipe.send(None)
+            self._process.join(timeout=10)
+        self._process.kill()
+        self._process.join()
+
+    def __enter__(self) -> Self:
+        """The worker itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self.close()

@@ -1,0 +1,44 @@
+"""The picture of the report: frames a second by block size, the paper's beside ours."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from nbp_reports.record import Record
+
+# Fig. 7 and Table 3 of arXiv 2502.07737: 700M model, one A100, frame prediction.
+PAPER_FPS = {1: 0.80, 8: 5.24, 16: 8.89, 32: 10.81, 64: 14.12, 256: 17.14}
+
+
+def fps_by_block(records: Sequence[Record], path: Path) -> None:
+    """Draw one line an engine, every clip a dot, and the paper's curve in a panel of its own."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    engines: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        engines[record.engine].append(record)
+    figure, (ours, paper) = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    for engine, rows in engines.items():
+        rows.sort(key=lambda r: r.block_size)
+        (line,) = ours.plot([r.block_size for r in rows], [r.fps for r in rows], marker="o", label=engine)
+        for r in rows:
+            fps = [r.frames * r.batch / (ns / 1e9) for ns in r.total_ns]
+            ours.plot([r.block_size] * len(fps), fps, ".", color=line.get_color(), alpha=0.4)
+    ours.set_title(f"{records[0].model} on this machine\n{records[0].machine}", fontsize=9)
+    ours.legend()
+    paper.plot(list(PAPER_FPS), list(PAPER_FPS.values()), marker="o", color="grey", label="paper, authors' loop")
+    paper.set_title("the paper's Fig. 7: another machine and model\n(700M parameters, one A100)", fontsize=9)
+    paper.legend()
+    for axes in (ours, paper):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({r.block_size for r in records} | set(PAPER_FPS)))
+        axes.get_xaxis().set_major_formatter(mpl.ticker.ScalarFormatter())
+        axes.set_xlabel("block size L, tokens")
+        axes.set_ylabel("predicted frames a second, end to end")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,85 @@
+"""Records as a Markdown report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nbp_reports.figure import fps_by_block
+from nbp_reports.record import Record
+from nbp_reports.table import TABLES, rows
+
+FIGURE = "fps_by_block.png"
+TEMPLATE = """\
+# Block sizes compared: {{ first.model }}
+
+{{ verdict }}
+
+{% for title, columns in tables.items() -%}
+## {{ title }}
+|{% for name in columns %} {{ name }} |{% endfor %}
+|{% for name in columns %} --- |{% endfor %}
+{% for row in rows(columns, records) -%}
+|{% for cell in row %} {{ cell }} |{% endfor %}
+{% endfor %}
+{% endfor -%}
+![Frames a second by block size]({{ figure }})
+
+## How to read it
+- FPS counts the {{ first.frames }} predicted frames of a clip over the wall time from the given frames to the predicted
+  ones: encode, prefill, steps, sampling, decode. It is the median of {{ first.total_ns | length }} clips; every clip is
+  a dot in the figure, and all samples are in `records.jsonl`.
+- The stages are mean seconds a clip and add up to the wall time. `one step ms` is the median of single steps.
+- `1st frame s` is a separate, streamed run: from the call until the first predicted frames are there.
+- Peak memory is that of the engine's own process{{ "" if first.interleaved else ", each engine running alone" }}.
+- Parity: all engines draw from the same noise; the tokens are compared with those of the eager PyTorch reference.
+- {{ "The engines took turns, clip by clip, in processes of their own." if first.interleaved
+     else "The engines ran one after another: together they would not fit in memory." }}
+- {{ "FVD is not measured yet." if first.trained
+     else "The weights are random: speed means something, quality does not and is not measured." }}
+- The paper's curve was measured on another machine with another model: compare the shapes, not the numbers.
+
+## Where
+| | |
+| --- | --- |
+| command | `{{ first.command }}` |
+| began | {{ first.run }} |
+| machine | {{ first.machine }}, {{ first.cores }} cores, {{ "%.0f" | format(first.memory_bytes / 2**30) }} GiB |
+| system | {{ first.system }}, Python {{ first.python }} |
+| versions | {{ first.versions }} |
+| device, dtype, batch | {{ first.device }}, {{ first.dtype }}, {{ first.batch }} |
+| threads | {{ first.threads or "each runtime's own choice" }} |
+| video | {{ first.video }} |
+| sampling | temperature {{ first.temperature }}, top-k {{ first.top_k }}, top-p {{ first.top_p }} |
+| seed | {{ first.seed }} |
+"""
+
+
+def verdict(records: Sequence[Record]) -> str:
+    """One sentence a block size: the fastest engine, its gain over the authors' loop, and whether tokens agree."""
+    lines = []
+    for block in dict.fromkeys(r.block for r in records):
+        there = [r for r in records if r.block == block]
+        best = max(there, key=lambda r: r.fps)
+        naive = next((r for r in there if r.engine == "naive"), None)
+        gain = f", {best.fps / naive.fps:.1f}× the authors' loop" if naive and naive is not best else ""
+        same = all(r.token_agreement in (None, 1) for r in there)
+        lines.append(
+            f"- **{block}**: {best.engine} is fastest, {best.fps:.2f} FPS{gain}; "
+            + ("all engines gave identical tokens." if same else "engines differ in tokens, see parity.")
+        )
+    return "\n".join(lines)
+
+
+def report(records: Sequence[Record], folder: Path) -> Path:
+    """Write `report.md` and its figure into the folder; returns the report's path."""
+    from jinja2 import Environment, StrictUndefined
+
+    fps_by_block(records, folder / FIGURE)
+    template = Environment(undefined=StrictUndefined, autoescape=False).from_string(TEMPLATE)
+    path = folder / "report.md"
+    path.write_text(
+        template.render(
+            first=records[0], records=records, verdict=verdict(records), tables=TABLES, rows=rows, figure=FIGURE
+        )
+        + "\n"
+    )
+    return path

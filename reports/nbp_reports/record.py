@@ -1,0 +1,135 @@
+"""One measurement as one flat row: raw samples inside, every statistic derived from them.
+
+None means not measured, never zero.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Self
+
+from nbp_reports.errors import RecordError
+
+SCHEMA = 1
+STAGES = ("encode", "prefill", "step", "sample", "decode")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One engine at one block shape. Times are nanoseconds, memory bytes.
+
+    Attributes:
+        schema: version of this layout.
+        run: when the command that measured it began, UTC; one value for all rows of a run.
+        command: what was typed.
+        machine, cores, memory_bytes, system, python, versions: where it ran.
+        model, weights_sha256, trained: what ran; quality means something only where `trained`.
+        block, block_size, engine, dtype, batch, threads, device: how it ran.
+        video: the clip that gave the condition.
+        seed, temperature, top_k, top_p: of the sampling.
+        interleaved: whether the engines took turns, clip by clip, in processes kept alive together.
+        frames: predicted frames a clip.
+        steps: forward passes a clip as the paper counts them, the prefill being the first.
+        total_ns: wall time of each clip, end to end; the five stages add up to it.
+        encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: every call of a stage, clip after clip.
+        first_frame_ns: from the call to the first predicted frames, when streaming.
+        peak_memory_bytes: largest resident size of the engine's own process.
+        token_agreement: share of predicted tokens equal to the reference engine's, same noise.
+        first_divergence: the first predicted token, in generation order, that differs; None if none does.
+        fvd: Fréchet video distance.
+    """
+
+    run: str
+    command: str
+    machine: str
+    cores: int
+    memory_bytes: int
+    system: str
+    python: str
+    versions: str
+    model: str
+    weights_sha256: str
+    trained: bool
+    block: str
+    block_size: int
+    engine: str
+    dtype: str
+    batch: int
+    threads: int | None
+    device: str
+    video: str
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    interleaved: bool
+    frames: int
+    steps: int
+    total_ns: list[int]
+    encode_ns: list[int]
+    prefill_ns: list[int]
+    step_ns: list[int]
+    sample_ns: list[int]
+    decode_ns: list[int]
+    first_frame_ns: list[int]
+    peak_memory_bytes: int | None
+    token_agreement: float | None
+    first_divergence: int | None
+    fvd: float | None = None
+    schema: int = SCHEMA
+
+    @property
+    def seconds(self) -> float:
+        """Median wall time of a clip."""
+        return median(self.total_ns) / 1e9
+
+    @property
+    def fps(self) -> float:
+        """Predicted frames a second, end to end, of the median clip; all clips of a batch count."""
+        return self.frames * self.batch / self.seconds
+
+    @property
+    def first_frame_seconds(self) -> float | None:
+        """Median time to the first predicted frames."""
+        return median(self.first_frame_ns) / 1e9 if self.first_frame_ns else None
+
+    def stage_seconds(self, stage: str) -> float:
+        """Mean time that a clip spends in a stage, all its calls together."""
+        return float(sum(getattr(self, f"{stage}_ns"))) / len(self.total_ns) / 1e9
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median time of one step, sampling not included; None where a clip has no step after the prefill."""
+        return median(self.step_ns) / 1e6 if self.step_ns else None
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read one line; raises RecordError for another schema, or unknown or missing names."""
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise RecordError(f"record schema {data['schema']!r}, this version reads {SCHEMA}")
+            missing = {f.name for f in fields(cls)} - set(data)
+            if missing:
+                raise RecordError(f"record lacks {', '.join(sorted(missing))}")
+            return cls(**data)
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecordError(f"not a record: {error}") from error
+
+
+def write(records: Iterable[Record], path: Path) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file; raises RecordError naming the file and line."""
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            records.append(Record.from_json(line))
+        except RecordError as error:
+            raise RecordError(f"{path}:{number}: {error.message}") from error
+    return records
