@@ -51,16 +51,10 @@ def main(
     need("bench", "av", "jinja2", "matplotlib", "rich")
     from rich.console import Console
 
-    from nbp_bench import golden
-    from nbp_bench.run import run
+    from nbp_bench.run import check_golden, run
+    from nbp_bench.sweep import Plan
     from nbp_bench.worker import ENGINES
     from nbp_export.sources import Request
-
-    console = Console(highlight=False)
-    agreements = {size: golden.agreement(size) for size in golden.SIZES}
-    for size, share in agreements.items():
-        word = "equal" if share == 1 else f"NOT EQUAL, only {share:.1%}: do not trust what follows"
-        console.print(f"golden tokens of the authors' model, L={size}, on this machine: {word}")
 
     chosen = [e for e in engines.split(",") if e]
     unknown = set(chosen) - set(ENGINES)
@@ -73,7 +67,11 @@ def main(
         else Request(model, None, None, "random" if files else weights, size, timing_only)
         for size in sizes.split(",")
     ]
-    run(console, requests, chosen, video, clips, batch, threads, seed, out)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110
+    check_golden(console)
+    run(console, Plan(requests, chosen, video, clips, batch, threads, seed, out))
 
 
 def _pair(text: str) -> tuple[str, Path]:

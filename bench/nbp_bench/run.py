@@ -1,71 +1,56 @@
-"""From parsed options to a finished comparison: clips, sweep, records, table, report."""
+"""From a plan to a finished comparison: sweep with progress, records, tables, pictures, report."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from nbp_bench.sweep import Plan, sweep
-from nbp_engines.errors import UsageError
-from nbp_export.sources import Request, Source, find
-from nbp_reference import clips as real_clips
-from nbp_reports import markdown, record, table
+from nbp_bench import golden
+from nbp_bench.sweep import Measured, Plan, sweep
+from nbp_bench.video import to_uint8
+from nbp_reports import figure, markdown, record, table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-DEFAULT_CLIP = real_clips.DEFAULT_CLIP
+
+def check_golden(console: "Console") -> None:
+    """Say whether this machine computes the authors' own tokens, before it measures anything."""
+    for size in golden.SIZES:
+        share = golden.agreement(size)
+        verdict = "equal" if share == 1 else f"NOT EQUAL, only {share:.1%} are: trust nothing below"
+        console.print(f"golden tokens of the authors' implementation, L={size}: {verdict} on this machine")
 
 
-def conditions(source: Source, video: Path | None, count: int) -> tuple[list[np.ndarray], str]:
-    """Up to `count` runs of condition frames, uint8 [F,3,H,W], and the video's name.
+def run(console: "Console", plan: Plan) -> None:
+    """Measure, print the tables, and leave records, report and pictures in the plan's folder."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("begin", total=plan.turns)
 
-    From a named file, its beginning on; from the bundled clip, the part that no training has seen.
-    """
-    assert source.tokenizer is not None  # checked by the caller
-    config, latent = source.tokenizer.config, source.generator.config.latent
-    side = latent.h * config.compression[1]
-    frames, given = config.frames(latent.t), config.frames(source.generator.config.condition_latents)
-    path = video or real_clips.find(real_clips.DEFAULT_CLIP)
-    decoded = real_clips.centre(real_clips.read(path, side), side)
-    part = decoded if video else real_clips.split(decoded)[1]
-    if len(part) < given:
-        raise UsageError(f"{path} has {len(part)} frames, the model is given {given}")
-    stride = max(1, (len(part) - frames) // max(1, count - 1)) if len(part) > frames else len(part)
-    name = path.name if video else f"{path.name}, held-out part, of {real_clips.CLIPS[real_clips.DEFAULT_CLIP].package}"
-    return real_clips.windows(part, given, stride)[:count], name
-
-
-def run(
-    console: "Console",
-    requests: Sequence[Request],
-    engines: Sequence[str],
-    video: Path | None,
-    clips: int,
-    batch: int,
-    threads: int | None,
-    seed: int,
-    out: Path,
-) -> None:
-    """Measure, print the table, and leave `records.jsonl`, `report.md` and its figure in `out`."""
-    first = find(requests[0])
-    if first.tokenizer is None:
-        raise UsageError(f"{first.name} has no tokenizer, so no video can be predicted: give --tokenizer FILE")
-    windows, name = conditions(first, video, clips)
-    del first
-    plan = Plan(requests, engines, windows, name, clips, batch, threads, seed, out)
-    with console.status("begin") as status:
-
-        def report(stage: str) -> None:
-            status.update(stage)
-            if not console.is_terminal:
+        def report(stage: str, turns: int = 0) -> None:
+            progress.update(task, description=stage, advance=turns)
+            if not turns and not console.is_terminal:
                 console.print(f"  {stage}")
 
         measured = sweep(plan, report)
     records = [m.record for m in measured]
-    out.mkdir(parents=True, exist_ok=True)
-    record.write(records, out / "records.jsonl")
-    for title, columns in table.TABLES.items():
-        console.print(table.terminal(f"{title}: {records[0].model} on {name}", columns, records))
-    console.print(f"raw samples: {out / 'records.jsonl'}   report: {markdown.report(records, out)}")
+    plan.out.mkdir(parents=True, exist_ok=True)
+    record.write(records, plan.out / "records.jsonl")
+    contact_sheet(measured, plan.out)
+    report_file = markdown.report(records, plan.out)
+    for title, cells in table.TABLES.items():
+        console.print(table.terminal(f"{title}: {records[0].model} on {records[0].video}", cells, records))
+    console.print(f"report: {report_file}   raw samples: {plan.out / 'records.jsonl'}", soft_wrap=True)
+
+
+def contact_sheet(measured: Sequence[Measured], folder: Path) -> None:
+    """The first clip as filmed and as each block size continues it."""
+    strips, given = {"filmed": measured[0].truth}, 0
+    for m in measured:
+        predicted = to_uint8(m.results[0].video[0])
+        given = m.clip_frames - len(predicted)
+        strips.setdefault(f"L = {m.record.block_size}", np.concatenate([m.truth[:given], predicted]))
+    figure.contact_sheet(strips, given, folder / markdown.SHEET)

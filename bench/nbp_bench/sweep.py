@@ -2,15 +2,17 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from nbp_bench.machine import available_memory, describe
+from nbp_bench.video import to_float, windows
 from nbp_bench.worker import Job, Result, Worker
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import BundleError, UsageError
@@ -22,7 +24,12 @@ from nbp_export.sources import Request, Source, find
 from nbp_export.weights import weights_sha256
 from nbp_reports.record import Record
 
-Report = Callable[[str], None]
+
+class Report(Protocol):
+    """Hears what begins, and how many engine turns ended with what was before."""
+
+    def __call__(self, stage: str, turns: int = 0) -> None:
+        """Take notice."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,7 @@ class Plan:
     Attributes:
         requests: one model a block shape.
         engines: in the order of the table.
-        conditions: uint8 [F,3,H,W] windows to predict from, taken in turn.
-        video: their name.
+        video: the file to predict from; None for the bundled clip.
         clips: measured clips an engine and shape.
         batch, threads, seed, sampling: as in the records.
         out: folder for bundles.
@@ -41,8 +47,7 @@ class Plan:
 
     requests: Sequence[Request]
     engines: Sequence[str]
-    conditions: Sequence[np.ndarray]
-    video: str
+    video: Path | None
     clips: int
     batch: int
     threads: int | None
@@ -50,17 +55,27 @@ class Plan:
     out: Path
     sampling: Sampling = field(default_factory=Sampling)
 
+    @property
+    def turns(self) -> int:
+        """Engine turns in all: load, the measured clips and the first frame, for each engine and shape."""
+        return len(self.requests) * len(self.engines) * (self.clips + 2)
+
 
 @dataclass(frozen=True)
 class Measured:
-    """A record with the clips behind it."""
+    """A record with the clips behind it; `truth` is the first clip as filmed, uint8 [F,3,H,W]."""
 
     record: Record
     results: Sequence[Result]
+    truth: np.ndarray
+    clip_frames: int
 
 
 def sweep(plan: Plan, report: Report) -> list[Measured]:
-    """Measure every engine at every block shape; `report` is told each thing as it begins."""
+    """Measure every engine at every block shape.
+
+    Raises UsageError for what cannot be measured, EngineError if an engine fails.
+    """
     began = datetime.now(UTC).isoformat(timespec="seconds")
     return [row for request in plan.requests for row in _measure(plan, request, began, report)]
 
@@ -94,11 +109,17 @@ def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[M
     # ONNX Runtime keeps a prepacked copy of the weights for each graph beside the file's.
     copies = len(jobs) + 2 * ("onnx" in plan.engines)
     together = 4 * subject.parameters * copies < 0.7 * available_memory()
-    turns = [jobs] if together else [[job] for job in jobs]
-    runs = [run for turn in turns for run in _take_turns(plan, turn, subject.spec.block_text, report)]
+    scenes, name = windows(subject.spec, plan.video, plan.clips)
+    groups = [jobs] if together else [[job] for job in jobs]
+    runs = [run for group in groups for run in _take_turns(plan, group, subject.spec, scenes, report)]
     reference = next((run.results for job, run in zip(jobs, runs, strict=True) if job.engine == "reference"), None)
     return [
-        Measured(_record(plan, subject, job, run, reference, began, together), run.results)
+        Measured(
+            _record(plan, subject, job, run, reference, began, together, name),
+            run.results,
+            scenes[0],
+            subject.spec.video[0],
+        )
         for job, run in zip(jobs, runs, strict=True)
     ]
 
@@ -126,34 +147,34 @@ class _Run:
     peak_memory: int
 
 
-def _take_turns(plan: Plan, jobs: Sequence[Job], block: str, report: Report) -> list[_Run]:
+def _take_turns(
+    plan: Plan, jobs: Sequence[Job], spec: SystemSpec, scenes: Sequence[np.ndarray], report: Report
+) -> list[_Run]:
     """Run the engines A B C, C B A, …, so that a machine that slows down slows them all."""
+    # The same condition for all of a batch: their noise differs.
+    given = [np.stack([to_float(scene[: spec.condition_frames])] * plan.batch) for scene in scenes]
     runs = [_Run([], [], 0) for _ in jobs]
     with ExitStack() as stack:
         workers = []
         for job in jobs:
-            report(f"{block} {job.engine}: load and warm up")
+            report(f"{spec.block_text} {job.engine}: load and warm up")
             workers.append(stack.enter_context(Worker(job)))
-            workers[-1].call("warm_up", _frames(plan, 0))
+            workers[-1].call("warm_up", given[0])
+            report(f"{spec.block_text} {job.engine}: ready", turns=1)
+        turn = list(zip(jobs, workers, runs, strict=True))
         for clip in range(plan.clips):
-            turn = list(zip(jobs, workers, runs, strict=True))
             for job, worker, run in turn if clip % 2 == 0 else turn[::-1]:
-                report(f"{block} {job.engine}: clip {clip + 1} of {plan.clips}")
-                run.results.append(worker.call("predict", _frames(plan, clip), clip * plan.batch))
-        for job, worker, run in zip(jobs, workers, runs, strict=True):
-            report(f"{block} {job.engine}: first frame")
-            run.first_frames.append(worker.call("first_frame", _frames(plan, 0), 0))
+                report(f"{spec.block_text} {job.engine}: clip {clip + 1} of {plan.clips}")
+                run.results.append(worker.call("predict", given[clip % len(given)], clip * plan.batch))
+                report(f"{spec.block_text} {job.engine}: clip {clip + 1} done", turns=1)
+        for job, worker, run in turn:
+            report(f"{spec.block_text} {job.engine}: first frame")
+            run.first_frames.append(worker.call("first_frame", given[0], 0))
+            report(f"{spec.block_text} {job.engine}: first frame done", turns=1)
         return [
             _Run(run.results, run.first_frames, worker.call("peak_memory"))
             for run, worker in zip(runs, workers, strict=True)
         ]
-
-
-def _frames(plan: Plan, clip: int) -> np.ndarray:
-    """The condition of a clip, the same for all of a batch: float32 [B,3,F,H,W]."""
-    window = plan.conditions[clip % len(plan.conditions)]
-    video = np.ascontiguousarray(window.swapaxes(0, 1)[None].astype(np.float32) / 255)
-    return np.repeat(video, plan.batch, axis=0)
 
 
 def _record(
@@ -164,6 +185,7 @@ def _record(
     reference: Sequence[Result] | None,
     began: str,
     together: bool,
+    video: str,
 ) -> Record:
     spec = subject.spec
 
@@ -187,7 +209,7 @@ def _record(
         batch=plan.batch,
         threads=plan.threads,
         device="cpu",
-        video=plan.video,
+        video=video,
         seed=plan.seed,
         temperature=plan.sampling.temperature,
         top_k=plan.sampling.top_k,

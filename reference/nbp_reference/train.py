@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from nbp_reference import checkpoint, clips
 from nbp_reference.config import MODELS, TOKENIZERS
 from nbp_reference.model import NextBlockTransformer
-from nbp_reference.tokenizer import CausalConv3d, VideoTokenizer
+from nbp_reference.tokenizer import CausalConv3d, DepthToSpace, ResidualUnit, VideoTokenizer
 
 SIDE = 128  # pixels
 FRAMES = 17
@@ -157,19 +158,26 @@ def encode_all(tokenizer: VideoTokenizer, windows: list[np.ndarray]) -> Tensor:
         return torch.cat([tokenizer.encode(to_video([w])) for w in windows])
 
 
-def keep_brightness(model: VideoTokenizer) -> None:
-    """Start the convolutions between the residual units with spread-out biases.
+def start_linear(model: VideoTokenizer) -> None:
+    """Start as a linear autoencoder that already keeps brightness and upsamples smoothly.
 
-    GroupNorm takes a frame's own mean and deviation away, and with them how bright it is. Channels that are constant
-    hold the statistics still, so that the level survives; left to itself the network is slow to grow such channels.
+    Residual units begin as identities. Convolutions before a depth-to-space give every sub-pixel the same, which is
+    plain upsampling. The biases between are spread out: GroupNorm takes a frame's mean and deviation away, and with
+    them how bright it is, unless channels that are constant hold the statistics still.
     """
-    between = [*model.encoder_layers.children(), *model.decoder_layers.children()]
-    *inner, last = (
-        layer.conv.bias for layer in between if isinstance(layer, CausalConv3d) and layer.conv.bias is not None
-    )
-    for bias in inner:
-        nn.init.normal_(bias)
-    nn.init.constant_(last, 0.5)
+    layers = [*model.encoder_layers.children(), *model.decoder_layers.children()]
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        if isinstance(layer, ResidualUnit):
+            last = layer.fn[-1]
+            assert isinstance(last, CausalConv3d)
+            nn.init.zeros_(last.conv.weight)
+        elif isinstance(layer, CausalConv3d):
+            copies = prod(following.stride) if isinstance(following, DepthToSpace) else 1
+            weight, bias = layer.conv.weight.data, layer.conv.bias
+            assert bias is not None
+            one = torch.randn(weight.shape[0] // copies, *weight.shape[1:]) / math.sqrt(weight[0].numel())
+            weight.copy_(one.repeat(copies, 1, 1, 1, 1))
+            bias.data.copy_(torch.randn(len(one)).repeat(copies) if following else torch.full_like(bias, 0.5))
 
 
 @click.group()
@@ -186,7 +194,7 @@ def tokenizer(out: Path, steps: int, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = VideoTokenizer(TOKENIZERS["nbp-tiny"]).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    keep_brightness(model)
+    start_linear(model)
     train, _ = parts()
     held = held_out_windows()
 

@@ -1,8 +1,10 @@
-"""The picture of the report: frames a second by block size, the paper's beside ours."""
+"""The pictures of the report: frames a second by block size, the paper's beside ours, and what was generated."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from nbp_reports.record import Record
 
@@ -40,5 +42,29 @@ def fps_by_block(records: Sequence[Record], path: Path) -> None:
         axes.set_ylabel("predicted frames a second, end to end")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> None:
+    """Draw clips, uint8 [F,3,H,W], one a row under each other, a line after the frames that were given."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    longest = max(len(video) for video in strips.values())
+    figure, axes = plt.subplots(len(strips), 1, figsize=(longest * 0.8, len(strips) * 0.95), layout="constrained")
+    for (label, video), row in zip(strips.items(), np.atleast_1d(axes), strict=True):
+        frames, _, height, width = video.shape
+        row.imshow(
+            video.transpose(2, 0, 3, 1).reshape(height, frames * width, 3), extent=(0, frames, 0, height / width)
+        )
+        row.axvline(given, color="red", linewidth=2)
+        row.set_xlim(0, longest)
+        row.set_ylabel(label)
+        row.set_xticks([])
+        row.set_yticks([])
+    figure.suptitle(f"Given: {given} frames, left of the red line. Right of it: predicted, one sample", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)

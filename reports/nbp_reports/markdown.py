@@ -8,6 +8,7 @@ from nbp_reports.record import Record
 from nbp_reports.table import TABLES, rows
 
 FIGURE = "fps_by_block.png"
+SHEET = "clips.png"  # drawn by whoever has the clips, beside the report
 TEMPLATE = """\
 # Block sizes compared: {{ first.model }}
 
@@ -22,7 +23,9 @@ TEMPLATE = """\
 {% endfor %}
 {% endfor -%}
 ![Frames a second by block size]({{ figure }})
-
+{% if sheet %}
+![The first clip as filmed and as generated]({{ sheet }})
+{% endif %}
 ## How to read it
 - FPS counts the {{ first.frames }} predicted frames of a clip over the wall time from the given frames to the predicted
   ones: encode, prefill, steps, sampling, decode. It is the median of {{ first.total_ns | length }} clips; every clip is
@@ -76,9 +79,16 @@ def report(records: Sequence[Record], folder: Path) -> Path:
     fps_by_block(records, folder / FIGURE)
     template = Environment(undefined=StrictUndefined, autoescape=False).from_string(TEMPLATE)
     path = folder / "report.md"
+    sheet = SHEET if (folder / SHEET).exists() else None
     path.write_text(
         template.render(
-            first=records[0], records=records, verdict=verdict(records), tables=TABLES, rows=rows, figure=FIGURE
+            first=records[0],
+            records=records,
+            verdict=verdict(records),
+            tables=TABLES,
+            rows=rows,
+            figure=FIGURE,
+            sheet=sheet,
         )
         + "\n"
     )
