@@ -63,7 +63,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Measured:
-    """A record with the clips behind it; `truth` is the first clip as filmed, uint8 [F,3,H,W]."""
+    """A record with the clips behind it.
+
+    Attributes:
+        record: the numbers.
+        results: every measured clip.
+        truth: the first clip as filmed, uint8 [F,3,H,W], as far as the video goes.
+        clip_frames: frames of a whole clip, given and predicted.
+    """
 
     record: Record
     results: Sequence[Result]
@@ -113,15 +120,11 @@ def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[M
     groups = [jobs] if together else [[job] for job in jobs]
     runs = [run for group in groups for run in _take_turns(plan, group, subject.spec, scenes, report)]
     reference = next((run.results for job, run in zip(jobs, runs, strict=True) if job.engine == "reference"), None)
-    return [
-        Measured(
-            _record(plan, subject, job, run, reference, began, together, name),
-            run.results,
-            scenes[0],
-            subject.spec.video[0],
-        )
-        for job, run in zip(jobs, runs, strict=True)
+    records = [
+        _record(plan, subject, job, run, reference, began, together, name) for job, run in zip(jobs, runs, strict=True)
     ]
+    frames = subject.spec.video[0]
+    return [Measured(r, run.results, scenes[0], frames) for r, run in zip(records, runs, strict=True)]
 
 
 def _bundle(plan: Plan, source: Source, subject: _Subject, report: Report) -> Bundle:

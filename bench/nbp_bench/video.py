@@ -38,4 +38,5 @@ def to_float(window: np.ndarray) -> np.ndarray:
 
 def to_uint8(video: np.ndarray) -> np.ndarray:
     """Float [3,F,H,W] in [0,1] as uint8 [F,3,H,W]."""
-    return np.rint(video.swapaxes(0, 1) * 255).clip(0, 255).astype(np.uint8)
+    levels = np.rint(video.swapaxes(0, 1) * 255).clip(0, 255)
+    return np.asarray(levels, np.uint8)

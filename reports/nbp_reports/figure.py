@@ -57,9 +57,8 @@ def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> N
     figure, axes = plt.subplots(len(strips), 1, figsize=(longest * 0.8, len(strips) * 0.95), layout="constrained")
     for (label, video), row in zip(strips.items(), np.atleast_1d(axes), strict=True):
         frames, _, height, width = video.shape
-        row.imshow(
-            video.transpose(2, 0, 3, 1).reshape(height, frames * width, 3), extent=(0, frames, 0, height / width)
-        )
+        strip = video.transpose(2, 0, 3, 1).reshape(height, frames * width, 3)
+        row.imshow(strip, extent=(0, frames, 0, height / width))
         row.axvline(given, color="red", linewidth=2)
         row.set_xlim(0, longest)
         row.set_ylabel(label)

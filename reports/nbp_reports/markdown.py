@@ -80,16 +80,6 @@ def report(records: Sequence[Record], folder: Path) -> Path:
     template = Environment(undefined=StrictUndefined, autoescape=False).from_string(TEMPLATE)
     path = folder / "report.md"
     sheet = SHEET if (folder / SHEET).exists() else None
-    path.write_text(
-        template.render(
-            first=records[0],
-            records=records,
-            verdict=verdict(records),
-            tables=TABLES,
-            rows=rows,
-            figure=FIGURE,
-            sheet=sheet,
-        )
-        + "\n"
-    )
+    values = {"tables": TABLES, "rows": rows, "figure": FIGURE, "sheet": sheet}
+    path.write_text(template.render(first=records[0], records=records, verdict=verdict(records), **values) + "\n")
     return path
