@@ -79,6 +79,8 @@ class Manifest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Build from `to_json`'s values; raises BundleError for another schema, a missing name or a wrong kind."""
+        if not isinstance(data, Mapping):
+            raise BundleError(f"a manifest is an object, not {data!r}")
         if data.get("schema") != SCHEMA:
             raise BundleError(f"schema {data.get('schema')!r}, this version reads {SCHEMA}: export it again")
         try:
@@ -86,7 +88,8 @@ class Manifest:
                 **{k: v for k, v in data.items() if k != "signatures"}
                 | {
                     "spec": SystemSpec.from_json(data["spec"]),
-                    "files": tuple(File(**f) for f in data["files"]),
+                    "graphs": {name: str(file) for name, file in data["graphs"].items()},
+                    "files": tuple(File(**f | {"path": str(f["path"])}) for f in data["files"]),
                     "sampling": Sampling(**data["sampling"]),
                 }
             )
@@ -142,7 +145,7 @@ class Bundle:
     def receipt(self) -> dict[str, Any] | None:
         """The proof of parity, or None if there is none or it was made for other files."""
         try:
-            receipt: dict[str, Any] = json.loads((self.path / RECEIPT).read_bytes())
+            receipt = json.loads((self.path / RECEIPT).read_bytes())
         except (OSError, ValueError):
             return None
-        return receipt if receipt.get("files") == self.hashes() else None
+        return receipt if isinstance(receipt, dict) and receipt.get("files") == self.hashes() else None
