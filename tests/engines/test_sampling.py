@@ -43,7 +43,7 @@ def test_small_cases_agree_ties_at_the_edges_included(logits: list[float], setti
 def test_random_logits_agree(vocab: int, rows: int, settings: Sampling, dtype: type) -> None:
     rng = np.random.default_rng(vocab)
     # In half precision thousands of the 64,000 logits are equal: ties at both edges.
-    logits = (3 * rng.standard_normal((2, rows // 2, vocab))).astype(dtype)
+    logits: np.ndarray = (3 * rng.standard_normal((2, rows // 2, vocab))).astype(dtype)
     uniforms = rng.uniform(size=(2, rows // 2))
     uniforms[:, 0], uniforms[:, 1] = 0.0, LAST
     tokens = sample(logits, uniforms, settings)
