@@ -1,0 +1,134 @@
+"""Records survive the file, refuse what they do not know, and read well."""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nbp_reports import figure, markdown, record, table
+from nbp_reports.errors import RecordError
+from nbp_reports.record import STAGES, Record
+
+
+def _record(**changes: object) -> Record:
+    plain = Record(
+        run="2026-01-01T00:00:00+00:00",
+        command="nbp-bench --sizes 16",
+        machine="Some Processor",
+        cores=2,
+        memory_bytes=2**34,
+        system="Linux x86_64",
+        python="3.12.0",
+        versions="torch 2.13.0",
+        model="nbp-tiny",
+        weights_sha256="ab",
+        trained=True,
+        block="1x1x16",
+        block_size=16,
+        engine="onnx",
+        dtype="fp32",
+        batch=1,
+        threads=None,
+        device="cpu",
+        video="clip.mp4",
+        seed=0,
+        temperature=1.0,
+        top_k=16_000,
+        top_p=0.9,
+        interleaved=True,
+        frames=12,
+        steps=48,
+        total_ns=[2_000_000_000, 3_000_000_000, 7_000_000_000],
+        encode_ns=[0, 0, 3_000_000_000],
+        prefill_ns=[0, 0, 0],
+        step_ns=[1_000_000] * 141,
+        sample_ns=[0] * 144,
+        decode_ns=[0, 0, 0],
+        first_frame_ns=[],
+        peak_memory_bytes=None,
+        token_agreement=1.0,
+        first_divergence=None,
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_file_gives_back_what_was_written(tmp_path: Path) -> None:
+    records = [_record(), _record(engine="naive", token_agreement=0.5, first_divergence=7)]
+    record.write(records, tmp_path / "r.jsonl")
+    assert record.read(tmp_path / "r.jsonl") == records
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{", "not a record"),
+        ("[]", "not a record"),
+        (json.dumps(asdict(_record()) | {"schema": 99}), "schema 99"),
+        (json.dumps(asdict(_record()) | {"colour": 1}), "colour"),
+        (json.dumps({k: v for k, v in asdict(_record()).items() if k != "steps"}), "lacks steps"),
+    ],
+)
+def test_lines_that_are_no_records_are_refused_with_their_place(tmp_path: Path, line: str, why: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(asdict(_record())) + "\n" + line + "\n")
+    with pytest.raises(RecordError, match=f"r.jsonl:2: .*{why}"):
+        record.read(path)
+
+
+def test_statistics_come_from_the_samples() -> None:
+    row = _record(batch=2)
+    assert row.fps == pytest.approx(2 * 12 / 3)  # the median clip, both of the batch
+    assert row.stage_seconds("encode") == pytest.approx(1)
+    assert row.step_ms == pytest.approx(1)
+    assert row.first_frame_seconds is None
+    assert _record(step_ns=[]).step_ms is None
+
+
+def test_what_was_not_measured_is_said_and_never_zero() -> None:
+    (cells,) = table.rows(table.RESULTS, [_record(token_agreement=None)])
+    shown = dict(zip(table.RESULTS, cells, strict=True))
+    assert {shown[name] for name in ("1st frame s", "peak MB", "tokens", "FVD")} == {"not measured"}
+
+
+def test_every_stage_has_a_field_and_a_column() -> None:
+    assert {f"{stage}_ns" for stage in STAGES} <= {f.name for f in fields(Record)}
+    assert {f"{stage} s" for stage in STAGES} <= set(table.STAGE_TIMES)
+
+
+def test_parity_tells_where_engines_part() -> None:
+    assert table.parity(_record()) == "identical"
+    assert table.parity(_record(engine="reference", token_agreement=None)) == "the reference"
+    assert table.parity(_record(token_agreement=0.875, first_divergence=9)) == "87.50%, from token 9"
+
+
+def test_terminal_tables_fit_110_columns_with_the_longest_cells() -> None:
+    rows = [_record(block="1x16x16", engine="reference"), _record(token_agreement=0.12345, first_divergence=1279)]
+    console = Console(width=110, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        for title, columns in table.TABLES.items():
+            console.print(table.terminal(title, columns, rows))
+    assert "…" not in capture.get()
+    assert "12.35%, from token 1279" in capture.get()
+
+
+def test_report_has_verdict_tables_figure_and_honest_labels(tmp_path: Path) -> None:
+    rows = [_record(), _record(engine="naive", total_ns=[6_000_000_000] * 3), _record(engine="reference")]
+    text = markdown.report(rows, tmp_path).read_text()
+    assert "onnx is fastest, 4.00 FPS, 2.0× the authors' loop; all engines gave identical tokens" in text
+    assert "another machine with another model" in text
+    assert "FVD is not measured yet" in text
+    assert markdown.SHEET not in text  # nobody drew one
+    assert (tmp_path / markdown.FIGURE).stat().st_size > 10_000
+    assert text.count("| 1x1x16 |") == 2 * len(rows)
+    random = markdown.report([_record(trained=False, token_agreement=0.5)], tmp_path).read_text()
+    assert "The weights are random" in random
+    assert "engines differ in tokens" in random
+
+
+def test_contact_sheet_goes_into_the_report(tmp_path: Path) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (17, 3, 32, 32), np.uint8)
+    figure.contact_sheet({"filmed": video[:9], "L = 16": video}, 5, tmp_path / markdown.SHEET)
+    assert f"({markdown.SHEET})" in markdown.report([_record()], tmp_path).read_text()

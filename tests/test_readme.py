@@ -1,0 +1,60 @@
+"""The README's commands and code do what they say."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nbp_bench.cli import main as nbp_bench
+from nbp_export.cli import main as nbp_export
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = {"nbp-export": nbp_export, "nbp-bench": nbp_bench}
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def _commands() -> Iterator[list[str]]:
+    for block in [*_blocks("console"), *_blocks("sh")]:
+        for line in block.splitlines():
+            yield shlex.split(line.removeprefix("$ "))
+
+
+def test_python_blocks_run_on_the_bundle_that_the_command_above_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (export,) = [words for words in _commands() if words[:2] == ["nbp-export", "onnx"] and "--out" in words]
+    result = CliRunner().invoke(nbp_export, export[1:])
+    assert result.exit_code == 0, result.output
+    for block in _blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "(1, 3, 12, 128, 128)\n"
+
+
+@pytest.mark.parametrize("words", [w for w in _commands() if w[0] in COMMANDS], ids=" ".join)
+def test_every_option_that_the_readme_uses_exists(words: list[str]) -> None:
+    command = COMMANDS[words[0]]
+    if words[0] == "nbp-export":
+        command = command.commands[words[1]]  # type: ignore[attr-defined]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = {words[1] for words in _commands() if words[0] == "make"} | set(re.findall(r"`make ([a-z-]+)`", README))
+    assert {"bench", "test"} <= used <= targets
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert len(links) > 10
+    for link in links:
+        assert (ROOT / link).exists(), link
