@@ -1,0 +1,104 @@
+"""Small models to export, and ONNX Runtime driven by hand, without any of our own session code."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from nbp_engines.bundle import Bundle
+from nbp_export.sources import Source
+from nbp_reference.config import BlockShape, Latent, ModelConfig, Stage, TokenizerConfig
+from nbp_reference.model import NextBlockTransformer, tensor_scatter_
+from nbp_reference.tokenizer import VideoTokenizer
+from tests.support import filled
+
+# 17 frames of 16×16 become 5x4x4 tokens of 125 codes.
+TOKENIZER = TokenizerConfig(
+    stages=(Stage(8, 0), Stage(8, 1), Stage(8, 1)), strides=((2, 2, 2), (2, 2, 2)), levels=(5, 5, 5), groups=1
+)
+GARBAGE = 3000.0  # finite in half precision
+
+
+class Exported(NamedTuple):
+    """A bundle and the model it was made from: fp32, with weights rounded to the bundle's dtype."""
+
+    bundle: Bundle
+    source: Source
+
+
+def source(block: str, tokenizer: bool = False, latent: tuple[int, int, int] = (5, 4, 4)) -> Source:
+    """A small model whose logits are well spread; two latent frames are given."""
+    config = ModelConfig(
+        2, width=64, heads=2, vocab=125, positions=80, latent=Latent(*latent), block=BlockShape(1, 1, 1)
+    )
+    generator = filled(NextBlockTransformer(config.with_block(block)))
+    return Source("small", generator, filled(VideoTokenizer(TOKENIZER)) if tokenizer else None, True, "a test's model")
+
+
+def by_hand(bundle: Bundle, graph: str) -> ort.InferenceSession:
+    """A graph in ONNX Runtime as anybody would open it."""
+    return ort.InferenceSession(str(bundle.path / f"{graph}.onnx"), providers=["CPUExecutionProvider"])
+
+
+def rubbish(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Caches full of large finite numbers."""
+    rng = np.random.default_rng(11)
+    spec = bundle.manifest.spec
+    shape = (spec.batch, spec.heads, spec.capacity, spec.head_dim)
+    dtype = {"fp32": np.float32, "fp16": np.float16}[spec.dtype]
+    return {
+        f"{kv}_cache_{layer}": (rng.choice([-1, 1], shape) * rng.uniform(GARBAGE / 3, GARBAGE, shape)).astype(dtype)
+        for layer in range(spec.layers)
+        for kv in "kv"
+    }
+
+
+class HandDriven:
+    """The block loop in plain calls, the caches handed from one call to the next as arrays."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.spec = bundle.manifest.spec
+        self.graphs = {name: by_hand(bundle, name) for name in ("prefill", "step")}
+        self.caches = rubbish(bundle)
+
+    def call(self, graph: str, tokens: np.ndarray, position: int) -> np.ndarray:
+        """Logits [B,L,V]."""
+        feeds: dict[str, Any] = {"tokens": tokens, "cache_pos": np.full(len(tokens), position), **self.caches}
+        session = self.graphs[graph]
+        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+        self.caches = {name: found[f"{name}_out"] for name in self.caches}
+        return np.asarray(found["logits"])
+
+    def greedy(self, condition: np.ndarray) -> np.ndarray:
+        """The continuation [B,predicted] in block order, of a condition [B,P] in block order."""
+        blocks = [self.call("prefill", condition, 0).argmax(-1)]
+        position = condition.shape[1]
+        while position < self.spec.capacity:
+            blocks.append(self.call("step", blocks[-1], position).argmax(-1))
+            position += self.spec.block_size
+        return np.concatenate(blocks, axis=1)
+
+
+class Continuation(NamedTuple):
+    """What the reference generates: tokens [B,predicted] in block order, and its closest decision."""
+
+    tokens: np.ndarray
+    margin: float
+
+
+@torch.inference_mode()
+def greedy_reference(generator: NextBlockTransformer, condition: np.ndarray) -> Continuation:
+    """The reference's greedy continuation; margin is the least lead of a chosen logit over the next."""
+    k, v = generator.empty_caches(len(condition))
+    tokens, position, blocks, margin = torch.from_numpy(condition), 0, [], np.inf
+    while True:
+        at = torch.full((len(condition),), position)
+        logits, k, v = generator.block_step(tokens, at, k, v, write=tensor_scatter_)
+        best = logits.topk(2).values
+        margin = min(margin, float((best[..., 0] - best[..., 1]).min()))
+        position += tokens.shape[1]
+        tokens = logits.argmax(-1)
+        blocks.append(tokens)
+        if position == generator.config.capacity:
+            return Continuation(torch.cat(blocks, 1).numpy(), margin)
