@@ -1,8 +1,10 @@
 """Exports that several tests look at: each is made once, on first use."""
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,26 +20,28 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
     """`exported(block, dtype="fp32", batch=1, tokenizer=False, latent=(5, 4, 4))`, the same bundle every time."""
 
     @cache
-    def make(
+    def make(block: str, dtype: str, batch: int, tokenizer: bool, latent: tuple[int, int, int]) -> Exported:
+        model = source(block, tokenizer, latent)
+        out = tmp_path_factory.mktemp("bundles") / f"small-{block}-{dtype}"
+        return Exported(export(model, out, dtype, batch), model)
+
+    def exported(
         block: str,
         dtype: str = "fp32",
         batch: int = 1,
         tokenizer: bool = False,
         latent: tuple[int, int, int] = (5, 4, 4),
     ) -> Exported:
-        model = source(block, tokenizer, latent)
-        out = tmp_path_factory.mktemp("bundles") / f"small-{block}-{dtype}"
-        return Exported(export(model, out, dtype, batch), model)
+        return make(block, dtype, batch, tokenizer, latent)
 
-    return make
+    return exported
 
 
 @pytest.fixture
 def copied(exported: Exporter, tmp_path: Path) -> Callable[..., Bundle]:
     """A copy of an exported bundle that a test may damage."""
-    import shutil
 
-    def copy(*args: object, **kwargs: object) -> Bundle:
-        return Bundle.open(Path(shutil.copytree(exported(*args, **kwargs).bundle.path, tmp_path / "copy")))
+    def copy(block: str, **options: Any) -> Bundle:
+        return Bundle.open(Path(shutil.copytree(exported(block, **options).bundle.path, tmp_path / "copy")))
 
     return copy
