@@ -16,7 +16,15 @@ TINY = "nbp-tiny"
 
 
 class Request(NamedTuple):
-    """What was asked for on the command line; None where nothing was."""
+    """What was asked for on the command line; None where nothing was.
+
+    Attributes:
+        model: a named size.
+        checkpoint, tokenizer: files.
+        weights: `random`: of the named size, or of the checkpoint's.
+        block: shape or size; the model's own if None.
+        timing_only: take a checkpoint that was trained for another block.
+    """
 
     model: str | None = None
     checkpoint: Path | None = None
@@ -52,8 +60,8 @@ def find(request: Request) -> Source:
     for a block that does not tile, CheckpointError for a file that cannot be loaded.
     """
     if request.checkpoint:
-        if request.model or request.weights:
-            raise UsageError("--checkpoint says what the model is: leave out --model and --weights")
+        if request.model:
+            raise UsageError("--checkpoint says what the model is: leave out --model")
         return _from_checkpoint(request, request.checkpoint)
     name = request.model or TINY
     if name not in MODELS:
@@ -77,8 +85,11 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
     if tokenizer and tokenizer.config.vocab != loaded.generator.config.vocab:
         codes, ids = tokenizer.config.vocab, loaded.generator.config.vocab
         raise UsageError(f"the tokenizer has {codes} codes, the generator {ids} ids: they do not belong together")
-    trained_for = loaded.generator.config.block
-    config = loaded.generator.config.with_block(request.block or str(trained_for))
+    generator, trained_for = loaded.generator, loaded.generator.config.block
+    config = generator.config.with_block(request.block or str(trained_for))
+    if request.weights == "random":
+        note = f"no checkpoint for block {config.block}: random weights of {path.name}'s size, speed means something"
+        return Source(path.stem, random_generator(config), tokenizer, False, note)
     # The authors' files tell the size of the block, not its shape.
     fits = config.block == trained_for if path.suffix == ".safetensors" else config.block.size == trained_for.size
     if not fits and not request.timing_only:
@@ -86,20 +97,25 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
             f"{path} was trained for block {trained_for}, not {config.block}: its output would be noise. "
             f"Use --block {trained_for}, or --timing-only if only the speed matters"
         )
-    loaded.generator.config = config
+    generator.config = config
     note = f"{path.name}, block {config.block}" + ("" if fits else f" (trained for {trained_for}: timing only)")
-    return Source(path.stem, loaded.generator, tokenizer, fits, note)
+    return Source(path.stem, generator, tokenizer, fits, note)
 
 
-def _random(name: str, config: ModelConfig) -> Source:
+def random_generator(config: ModelConfig) -> NextBlockTransformer:
+    """A generator with seeded random weights, allocated once."""
     with torch.device("meta"):
         generator = NextBlockTransformer(config)
     generator.to_empty(device="cpu").reset(seed=0)
+    return generator.eval()
+
+
+def _random(name: str, config: ModelConfig) -> Source:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = VideoTokenizer(TOKENIZERS[name if name in TOKENIZERS else "official"])
     note = f"{name} with random weights, block {config.block}: speed means something, quality is not measured"
-    return Source(name, generator.eval(), tokenizer.eval(), False, note)
+    return Source(name, random_generator(config), tokenizer.eval(), False, note)
 
 
 def _bundled(request: Request) -> Source:

@@ -61,10 +61,14 @@ def main(
     if unknown or not chosen:
         raise click.UsageError(f"no engine {', '.join(sorted(unknown))!r}: there are {', '.join(ENGINES)}")
     files = dict(_pair(text) for text in checkpoints)
+    unused = set(files) - set(sizes.split(","))
+    if unused:
+        raise click.UsageError(f"--checkpoint for {', '.join(sorted(unused))}, which --sizes {sizes} does not name")
+    stand_in = next(iter(files.values()), None)  # a size without a checkpoint is timed with random weights of its kind
     requests = [
         Request(None, files[size], tokenizer, None, size, timing_only)
         if size in files
-        else Request(model, None, None, "random" if files else weights, size, timing_only)
+        else Request(model, stand_in, tokenizer, "random" if stand_in else weights, size)
         for size in sizes.split(",")
     ]
     console = Console(highlight=False)

@@ -4,7 +4,9 @@ The parent and the child talk in pairs: a method name with arguments goes in, it
 """
 
 import multiprocessing
+import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -124,25 +126,25 @@ class Worker:
 
     def call(self, name: str, *arguments: object) -> Any:
         """Run a method of the child; raises EngineError with the child's own words if it fails or dies."""
-        self._pipe.send((name, arguments))
+        with suppress(BrokenPipeError):  # a dead child: receiving tells more
+            self._pipe.send((name, arguments))
         return self._receive()
 
     def _receive(self) -> Any:
         try:
             ok, result = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
-            raise EngineError(
-                f"engine {self.job.engine} died with exit code {self._process.exitcode}"
-                + (" (out of memory?)" if self._process.exitcode == -9 else "")
-            ) from None
+            code = self._process.exitcode
+            why = " (out of memory?)" if code == -signal.SIGKILL else ""
+            raise EngineError(f"engine {self.job.engine} died with exit code {code}{why}") from None
         if not ok:
             raise EngineError(f"engine {self.job.engine}: {result}")
         return result
 
     def close(self) -> None:
         """End the process."""
-        if self._process.is_alive():
+        with suppress(BrokenPipeError):
             self._pipe.send(None)
             self._process.join(timeout=10)
         self._process.kill()

@@ -43,7 +43,7 @@ RESULTS: Columns = {
     "1st frame s": lambda r: _number(r.first_frame_seconds, 2),
     "peak MB": _megabytes,
     "tokens": parity,
-    "FVD": lambda r: _number(r.fvd, 1),
+    "FVD": lambda r: _number(r.fvd, 1) if r.trained else "no checkpoint",
 }
 STAGE_TIMES: Columns = {
     "block": lambda r: r.block,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from nbp_bench import golden
 from nbp_bench.cli import main
 from nbp_bench.sweep import Plan, sweep
 from nbp_bench.video import to_float, to_uint8, windows
-from nbp_bench.worker import Job, Worker
+from nbp_bench.worker import ENGINES, Job, Worker
 from nbp_engines.errors import EngineError, UsageError
 from nbp_engines.sampling import GREEDY, Sampling
 from nbp_export.graphs import system_spec
@@ -21,15 +22,24 @@ from nbp_reference.config import MODELS, TOKENIZERS
 from nbp_reports import record
 from nbp_reports.record import STAGES
 
+PAPER = Sampling()
 RANDOM = Request(model="nbp-tiny", weights="random", block="256")
 SPEC = system_spec(MODELS["nbp-tiny"].with_block("256"), TOKENIZERS["nbp-tiny"], "fp32", 1)
 
 
-def _plan(
-    out: Path, *requests: Request, engines: tuple[str, ...] = ("naive", "reference", "onnx"), **more: object
-) -> Plan:
-    settings = {"video": None, "clips": 1, "batch": 1, "threads": None, "seed": 0} | more
-    return Plan(requests, engines, out=out, **settings)  # type: ignore[arg-type]
+def _plan(out: Path, *requests: Request, engines: Sequence[str] = ENGINES, sampling: Sampling = PAPER) -> Plan:
+    return Plan(requests, engines, None, clips=1, batch=1, threads=None, seed=0, out=out, sampling=sampling)
+
+
+def _silent(stage: str, turns: int = 0) -> None:
+    pass
+
+
+class _Stages(list[str]):
+    """What a sweep reported."""
+
+    def __call__(self, stage: str, turns: int = 0) -> None:  # noqa: ARG002 - the protocol's
+        self.append(stage)
 
 
 @pytest.mark.parametrize("size", golden.SIZES)
@@ -43,14 +53,12 @@ def test_self_check_passes_here_and_fails_where_a_token_differs(size: int, monke
 
 def test_sampled_tiny_clips_are_identical_in_all_engines(tmp_path: Path) -> None:
     requests = [Request(block=size) for size in ("1", "16", "256")]
-    measured = sweep(_plan(tmp_path, *requests), lambda *_, **__: None)
+    measured = sweep(_plan(tmp_path, *requests), _silent)
     assert len(measured) == 9
     for m in measured:
         row = m.record
         assert row.trained
-        assert (row.token_agreement, row.first_divergence) == (
-            (None, None) if row.engine == "reference" else (1.0, None)
-        )
+        assert row.token_agreement == (None if row.engine == "reference" else 1)
         assert sum(sum(getattr(row, f"{stage}_ns")) for stage in STAGES) == sum(row.total_ns)
         assert len(row.step_ns) == row.steps - 1
         assert len(row.sample_ns) == row.steps
@@ -68,21 +76,21 @@ def test_sampled_tiny_clips_are_identical_in_all_engines(tmp_path: Path) -> None
 
 def test_greedy_tiny_clips_are_identical_in_all_engines(tmp_path: Path) -> None:
     plan = _plan(tmp_path, Request(block="16"), sampling=GREEDY)
-    assert [m.record.token_agreement for m in sweep(plan, lambda *_, **__: None)] == [1.0, None, 1.0]
+    assert [m.record.token_agreement for m in sweep(plan, _silent)] == [1.0, None, 1.0]
 
 
 def test_a_second_run_uses_the_first_ones_bundle_unless_it_changed(tmp_path: Path) -> None:
     plan = _plan(tmp_path, RANDOM, engines=("onnx",))
-    stages: list[str] = []
-    sweep(plan, lambda stage, turns=0: stages.append(stage))
+    stages = _Stages()
+    sweep(plan, stages)
     assert any(stage.startswith("export") for stage in stages)
     stages.clear()
-    sweep(plan, lambda stage, turns=0: stages.append(stage))
+    sweep(plan, stages)
     assert not any(stage.startswith("export") for stage in stages)
     (step,) = tmp_path.glob("bundles/*/step.onnx")
     step.write_bytes(step.read_bytes() + b"\0")
     with pytest.raises(UsageError, match=r"step.onnx is not the file.*remove it"):
-        sweep(plan, lambda *_, **__: None)
+        sweep(plan, _silent)
 
 
 def _job(engine: str = "reference", request: Request = RANDOM) -> Job:

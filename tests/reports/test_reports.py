@@ -91,6 +91,8 @@ def test_what_was_not_measured_is_said_and_never_zero() -> None:
     (cells,) = table.rows(table.RESULTS, [_record(token_agreement=None)])
     shown = dict(zip(table.RESULTS, cells, strict=True))
     assert {shown[name] for name in ("1st frame s", "peak MB", "tokens", "FVD")} == {"not measured"}
+    (cells,) = table.rows(table.RESULTS, [_record(trained=False)])
+    assert cells[-1] == "no checkpoint"
 
 
 def test_every_stage_has_a_field_and_a_column() -> None:
