@@ -84,10 +84,14 @@ def check_bundle(
 
 
 def step_positions(spec: SystemSpec) -> list[int]:
-    """The first, a middle and the last position that a generation steps at."""
+    """The first, a middle and the last position that a generation steps at.
+
+    Where the prediction is one block, no generation steps: then the last position that has room.
+    """
     last = spec.capacity - spec.block_size
-    steps = (last - spec.condition_tokens) // spec.block_size
-    return sorted({spec.condition_tokens + spec.block_size * s for s in (0, steps // 2, steps)})
+    first = min(spec.condition_tokens, last)
+    steps = (last - first) // spec.block_size
+    return sorted({first + spec.block_size * s for s in (0, steps // 2, steps)})
 
 
 def _generator(

@@ -14,13 +14,14 @@ from nbp_reference.sampling import sample
 from tests.export.support import Exported, HandDriven, by_hand, greedy_reference
 
 Exporter = Callable[..., Exported]
-# Single tokens, part of a row, a square, a whole frame, and blocks over two frames.
+# Single tokens, part of a row, a square, a whole frame, blocks over two frames, and all of the prediction.
 CASES: list[dict[str, Any]] = [
     {"block": "1x1x1"},
     {"block": "1x1x4", "tokenizer": True},
     {"block": "1x2x2", "batch": 2},
     {"block": "1x4x4"},
     {"block": "2x2x2", "latent": (4, 4, 4)},
+    {"block": "2x4x4", "latent": (4, 4, 4)},
     {"block": "1x1x4", "dtype": "fp16", "batch": 2, "tokenizer": True},
     {"block": "1x2x2", "dtype": "fp16"},
 ]
@@ -33,7 +34,7 @@ def clear_case(made: Exported) -> tuple[np.ndarray, np.ndarray]:
     for seed in range(100):
         condition = np.random.default_rng(seed).integers(0, spec.vocab, (spec.batch, spec.condition_tokens))
         continuation = greedy_reference(made.source.generator, condition)
-        varied = np.unique(continuation.tokens).size >= 16  # one that repeats itself would prove little
+        varied = np.unique(continuation.tokens).size >= 12  # one that repeats itself would prove little
         if varied and continuation.margin > (0.02 if spec.dtype == "fp16" else 1e-3):
             return condition, continuation.tokens
     raise AssertionError("no such condition")
@@ -87,7 +88,7 @@ def test_sampled_generation_is_the_references(case: dict[str, Any], exported: Ex
         assert np.array_equal(found[:, order[position : position + spec.block_size]], tokens.numpy())
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[5]], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("case", [CASES[2], CASES[6]], ids=["fp32", "fp16"])
 @torch.inference_mode()
 def test_rows_of_a_batch_may_stand_at_different_positions(case: dict[str, Any], exported: Exporter) -> None:
     made = exported(**case)
@@ -112,7 +113,7 @@ def test_rows_of_a_batch_may_stand_at_different_positions(case: dict[str, Any], 
         np.testing.assert_allclose(found[row], expected, atol=5e-2 if spec.dtype == "fp16" else 1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[5]], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=["fp32", "fp16"])
 @torch.inference_mode()
 def test_encode_and_decode_are_the_references(case: dict[str, Any], exported: Exporter) -> None:
     made = exported(**case)
