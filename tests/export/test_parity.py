@@ -1,0 +1,366 @@
+"""Parity is a postcondition worth having: planted faults are caught, and named with their place."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from nbp_engines.bundle import Bundle, File
+from nbp_export import onnx_bundle, parity
+from nbp_export.graphs import graph_module, trace
+from nbp_export.onnx_bundle import export
+from nbp_export.parity import Check, ParityError, check_bundle, compare, step_positions
+from nbp_reference import model as reference
+from nbp_reference.tokenizer import FSQ, CausalConv3d, VideoTokenizer
+from tests.export.support import Exported, source
+
+Exporter = Callable[..., Exported]
+
+
+def test_the_worst_element_is_found_and_shown() -> None:
+    expected = np.array([[0.5, -2.0], [4.0, 1.0]])
+    found = expected + np.array([[0.0, 0.0], [0.1, -0.2]])
+    check = compare("step", "cache_pos [8]", "logits", found, expected, 0.01)
+    assert replace(check, worst=0.0) == Check("step", "cache_pos [8]", 0.01, 0.0, "logits[1, 1]: expected 1, found 0.8")
+    assert check.worst == pytest.approx(0.05)
+    assert not check.passed
+    assert compare("step", "", "logits", found, expected, 0.06).passed
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_never_passes(odd: float) -> None:
+    found = np.array([0.0, odd, 0.0])
+    check = compare("step", "", "logits", found, np.zeros(3), np.finfo(float).max)
+    assert not check.passed
+    assert "logits[1]" in check.where
+
+
+def test_small_values_are_held_to_an_absolute_tolerance() -> None:
+    assert compare("", "", "", np.array([2e-6]), np.array([1e-6]), 1e-5).passed
+    assert not compare("", "", "", np.array([2e-2]), np.array([1e-2]), 1e-5).passed
+
+
+@pytest.mark.parametrize(
+    ("block", "latents", "positions"),
+    [
+        ((1, 1, 1), 5, [32, 55, 79 - 1]),
+        ((1, 1, 4), 5, [32, 52, 72]),
+        ((1, 4, 4), 5, [32, 48]),
+        ((1, 4, 4), 4, [32]),
+        ((2, 4, 4), 4, [0]),
+    ],
+)
+def test_steps_are_checked_at_both_ends_and_between(
+    block: tuple[int, int, int], latents: int, positions: list[int], exported: Exporter
+) -> None:
+    spec = exported("1x1x4", tokenizer=True).bundle.manifest.spec
+    assert step_positions(replace(spec, block=block, latent=(latents, 4, 4))) == positions
+
+
+# Faults of a traced graph: changes to the module before it is traced, or to what it calls meanwhile.
+
+
+@contextmanager
+def mask_with(see: Callable[[Tensor, Tensor, int, int], Tensor]) -> Iterator[None]:
+    """A mask by another rule: slots [S] and queries [B,T,1], L and T → what is seen."""
+
+    def mask(query_BT: Tensor, slots: int, block_size: int) -> Tensor:
+        return see(torch.arange(slots), query_BT[..., None], block_size, query_BT.shape[1])[:, None]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "block_mask", mask)
+        yield
+
+
+def block_of(position: Tensor, size: int) -> Tensor:
+    return torch.div(position, size, rounding_mode="trunc")
+
+
+def one_block_ahead(j: Tensor, q: Tensor, L: int, T: int) -> Tensor:  # noqa: ARG001
+    return block_of(j, L) <= block_of(q, L) + 1
+
+
+def one_block_behind(j: Tensor, q: Tensor, L: int, T: int) -> Tensor:  # noqa: ARG001
+    # Slot 0 stays, so that no row is left without any.
+    return (block_of(j, L) < block_of(q, L)) | (j == 0)
+
+
+def causal(j: Tensor, q: Tensor, L: int, T: int) -> Tensor:  # noqa: ARG001
+    return j <= q
+
+
+def stale_slot(j: Tensor, q: Tensor, L: int, T: int) -> Tensor:  # noqa: ARG001
+    return (block_of(j, L) <= block_of(q, L)) | (j == q[:, -1:] + 1)
+
+
+def prefill_shortcut(j: Tensor, q: Tensor, L: int, T: int) -> Tensor:  # noqa: ARG001
+    return (j < q[:, :1] + T).expand(-1, T, -1)
+
+
+def first_rows_position(j: Tensor, q: Tensor, L: int, T: int) -> Tensor:  # noqa: ARG001
+    return (block_of(j, L) <= block_of(q[:1], L)).expand(q.shape[0], -1, -1)
+
+
+def next_position(module: nn.Module) -> None:
+    positions = module.get_parameter("model.pos_emb")
+    positions.data = positions.data.roll(-1, dims=1)
+
+
+def tanh_gelu(module: nn.Module) -> None:
+    module.get_submodule("model.blocks.1.mlp").register_module("1", nn.GELU(approximate="tanh"))
+
+
+def weight_two_percent_off(module: nn.Module) -> None:
+    module.get_parameter("model.blocks.1.attn.key.weight").data *= 1.02
+
+
+def one_weight_off(module: nn.Module) -> None:
+    module.get_parameter("model.head.weight").data[17, 3] += 0.05
+
+
+def no_final_norm(module: nn.Module) -> None:
+    module.get_submodule("model").register_module("ln_f", nn.Identity())
+
+
+def eps_of_another_model(module: nn.Module) -> None:
+    norm = module.get_submodule("model.ln_f")
+    assert isinstance(norm, nn.LayerNorm)
+    norm.eps = 1e-3
+
+
+def no_clamp(module: nn.Module) -> None:
+    tokenizer = module.tokenizer
+    assert isinstance(tokenizer, VideoTokenizer)
+    fsq, latent = tokenizer.fsq, module.latent
+    assert isinstance(latent, tuple)
+    module.forward = lambda tokens: tokenizer.reconstruct(fsq.codes(tokens.unflatten(1, latent)))
+
+
+def codes_one_level_off(module: nn.Module) -> None:
+    module.get_submodule("tokenizer.fsq").register_buffer("half_levels", torch.tensor([3, 2, 2]), persistent=False)
+
+
+def padded_with_zeros(module: nn.Module) -> None:
+    layer = module.get_submodule("tokenizer.encoder_layers.0")
+    assert isinstance(layer, CausalConv3d)
+    layer.forward = lambda x: layer.conv(nn.functional.pad(x, layer.pad))  # type: ignore[method-assign]
+
+
+@contextmanager
+def atanh_for_tan() -> Iterator[None]:
+    """The quantiser as it was meant to be, not as every checkpoint was trained; for even levels, of which 8 is one."""
+
+    def bound(self: FSQ, z: Tensor) -> Tensor:
+        half_width = (self.levels - 1) * (1 - 1e-3) / 2
+        return torch.tanh(z + 0.1) * half_width
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FSQ, "bound", bound)
+        yield
+
+
+Fault = Callable[[nn.Module], None]
+
+
+def keep(module: nn.Module) -> None:
+    """No change."""
+
+
+# fault, what is patched while tracing, the graph, and a pattern of where the report must point
+FAULTS: dict[str, tuple[Fault, Callable[[], AbstractContextManager[None]], str, str]] = {
+    "mask one block ahead": (keep, lambda: mask_with(one_block_ahead), "step", "logits"),
+    "mask one block behind": (keep, lambda: mask_with(one_block_behind), "step", "logits"),
+    "mask one block ahead in prefill": (keep, lambda: mask_with(one_block_ahead), "prefill", "logits"),
+    "causal mask": (keep, lambda: mask_with(causal), "step", "logits"),
+    "a stale slot visible": (keep, lambda: mask_with(stale_slot), "step", "logits"),
+    "prefill with the shortcut for one block": (keep, lambda: mask_with(prefill_shortcut), "prefill", "logits"),
+    "every row at the first row's position": (keep, lambda: mask_with(first_rows_position), "step", "logits"),
+    "position plus one": (next_position, nullcontext, "step", "logits"),
+    "tanh GELU in one layer": (tanh_gelu, nullcontext, "step", "logits"),
+    "a weight tensor 2% off": (weight_two_percent_off, nullcontext, "step", "logits"),
+    "one weight off by 0.05": (one_weight_off, nullcontext, "step", r"logits\[\d, \d, 17\]"),
+    "no final norm": (no_final_norm, nullcontext, "step", "logits"),
+    "another eps": (eps_of_another_model, nullcontext, "prefill", "logits"),
+    "codes one level off": (codes_one_level_off, nullcontext, "decode", "video"),
+    "no clamp": (no_clamp, nullcontext, "decode", "video"),
+    "zero padding": (padded_with_zeros, nullcontext, "encode", "tokens beyond a rounding edge"),
+    "another quantiser": (keep, atanh_for_tan, "encode", "tokens beyond a rounding edge"),
+}
+
+
+def resealed(bundle: Bundle) -> Bundle:
+    """The bundle with a manifest of the files as they are now."""
+    files = [asdict(File.of(bundle.path / file.path)) for file in bundle.manifest.files]
+    manifest = bundle.manifest.to_json() | {"files": files}
+    onnx_bundle._write_json(bundle.path / "manifest.json", manifest)
+    return Bundle.open(bundle.path)
+
+
+def caught(bundle: Bundle, made: Exported, graph: str, where: str) -> str:
+    """The report of the fault, which names the graph and where it is."""
+    with pytest.raises(ParityError) as error:
+        list(check_bundle(bundle, made.source.generator, made.source.tokenizer))
+    message = error.value.message
+    assert str(bundle.graph_file(graph)) in message
+    assert re.search(f"differs from the reference at [^:]*: {where}", message), message
+    assert "expected" in message
+    return message
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_a_traced_graph_is_caught(name: str, exported: Exporter, copied: Callable[..., Bundle]) -> None:
+    change, patched, graph, where = FAULTS[name]
+    tokenizer = graph in ("encode", "decode")
+    case = {"block": "1x1x4", "tokenizer": True} if tokenizer else {"block": "1x2x2", "batch": 2}
+    made, bundle = exported(**case), copied(**case)
+    original = made.source.tokenizer if tokenizer else made.source.generator
+    assert original is not None
+    module = graph_module(bundle.manifest.spec, graph, copy.deepcopy(original))
+    change(module)
+    with patched(), torch.no_grad():
+        traced = trace(module, bundle.manifest.graph_specs()[graph])
+    ir.save(traced, bundle.graph_file(graph))
+    # Graphs before the broken one are checked by other tests.
+    bundle = resealed(bundle)
+    only = replace(bundle, manifest=replace(bundle.manifest, graphs={graph: f"{graph}.onnx"}))
+    caught(only, made, graph, where)
+
+
+def test_the_tracing_itself_is_no_fault(exported: Exporter, copied: Callable[..., Bundle]) -> None:
+    """The control of the faults above: the same detour without one passes."""
+    made, bundle = exported("1x2x2", batch=2), copied("1x2x2", batch=2)
+    module = graph_module(bundle.manifest.spec, "step", copy.deepcopy(made.source.generator))
+    with torch.no_grad():
+        ir.save(trace(module, bundle.manifest.graph_specs()["step"]), bundle.graph_file("step"))
+    checks = list(check_bundle(resealed(bundle), made.source.generator, None))
+    assert {check.graph for check in checks} == {"prefill", "step"}
+
+
+# Faults of the file: what a slip in an exporter or a runtime's rewriting would leave.
+
+
+def swap(values: dict[str, str], op: str, *inputs: int) -> Callable[[ModelProto], None]:
+    def change(model: ModelProto) -> None:
+        for node in model.graph.node:
+            if node.op_type == op:
+                for index in inputs:
+                    node.input[index] = values.get(node.input[index], node.input[index])
+
+    return change
+
+
+def updates_swapped(model: ModelProto) -> None:
+    first, second = (n for n in model.graph.node if n.op_type == "TensorScatter" and "_cache_1" in n.input[0])
+    first.input[1], second.input[1] = second.input[1], first.input[1]
+
+
+def first_rows_of_the_logits(model: ModelProto) -> None:
+    """The rows of the condition's first block instead of its last."""
+    slices = [n for n in model.graph.node if n.op_type == "Slice"]
+    assert len(slices) == 1
+    for index, value in ((1, 0), (2, 4)):
+        name = f"bound_{index}"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value]), name))
+        slices[0].input[index] = name
+
+
+def no_scale(model: ModelProto) -> None:
+    """Attention scores that are not divided by the root of the head's width."""
+    node = next(n for n in model.graph.node if n.op_type == "Attention")
+    kept = [a for a in node.attribute if a.name != "scale"]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute("scale", 1.0)])
+
+
+K_AND_V = {"k_cache_1_out": "v_cache_1_out", "v_cache_1_out": "k_cache_1_out"}
+PASTS = {"k_cache_1": "v_cache_1", "v_cache_1": "k_cache_1"}
+
+
+@pytest.mark.parametrize(
+    ("change", "graph", "where"),
+    [
+        pytest.param(swap(K_AND_V, "Attention", 1, 2), "step", "logits", id="keys and values swapped in one layer"),
+        pytest.param(swap(PASTS, "TensorScatter", 0), "step", "logits", id="caches swapped in one layer"),
+        pytest.param(swap({"v_cache_1": "k_cache_1"}, "TensorScatter", 0), "step", "logits", id="caches merged"),
+        pytest.param(updates_swapped, "step", "logits", id="new keys and values swapped in one layer"),
+        pytest.param(first_rows_of_the_logits, "prefill", "logits", id="logits of the first rows"),
+        pytest.param(no_scale, "step", "logits", id="attention without its scale"),
+    ],
+)
+def test_a_fault_in_a_file_is_caught(
+    change: Callable[[ModelProto], None],
+    graph: str,
+    where: str,
+    exported: Exporter,
+    copied: Callable[..., Bundle],
+) -> None:
+    bundle = copied("1x2x2", batch=2)
+    model = onnx.load(bundle.graph_file(graph), load_external_data=False)
+    change(model)
+    onnx.save(model, bundle.graph_file(graph))
+    caught(resealed(bundle), exported("1x2x2", batch=2), graph, where)
+
+
+def test_swapped_cache_contents_are_caught_where_the_logits_cannot_tell(
+    exported: Exporter, copied: Callable[..., Bundle]
+) -> None:
+    """Both the writes and the attention swapped: right logits after a prefill, keys where values are due."""
+    bundle = copied("1x2x2", batch=2)
+    model = onnx.load(bundle.graph_file("prefill"), load_external_data=False)
+    updates_swapped(model)
+    swap(K_AND_V, "Attention", 1, 2)(model)
+    onnx.save(model, bundle.graph_file("prefill"))
+    caught(resealed(bundle), exported("1x2x2", batch=2), "prefill", "k_cache_1_out")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_other_weights_are_caught_in_either_dtype(
+    dtype: str, exported: Exporter, copied: Callable[..., Bundle]
+) -> None:
+    case = {"dtype": dtype, "batch": 2 if dtype == "fp32" else 1}
+    made, bundle = exported("1x2x2", **case), copied("1x2x2", **case)
+    generator = copy.deepcopy(made.source.generator)
+    generator.get_parameter("blocks.0.mlp.2.weight").data *= 1.1
+    with pytest.raises(ParityError, match=r"prefill\.onnx differs from the reference at cache_pos"):
+        list(check_bundle(bundle, generator, None))
+
+
+def test_an_export_that_fails_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(module: nn.Module, spec: object) -> ir.Model:
+        if getattr(spec, "name", "") == "step":
+            module = copy.deepcopy(module)
+            next_position(module)
+        return trace(module, spec)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(onnx_bundle, "trace", faulty)
+    with pytest.raises(ParityError) as error:
+        export(source("1x4x4"), tmp_path / "bundle")
+    message = error.value.message
+    assert "step.onnx differs from the reference at cache_pos [32]: logits[" in message
+    assert "allowed 5e-05" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_garbage_makes_a_stale_slot_loud(
+    exported: Exporter, copied: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same leak of one slot, of small numbers and of large ones."""
+    made, bundle = exported("1x2x2", batch=2), copied("1x2x2", batch=2)
+    module = graph_module(bundle.manifest.spec, "step", copy.deepcopy(made.source.generator))
+    with mask_with(stale_slot), torch.no_grad():
+        ir.save(trace(module, bundle.manifest.graph_specs()["step"]), bundle.graph_file("step"))
+    bundle = resealed(bundle)
+    loud = float(caught(bundle, made, "step", "logits").split("(error ")[1].split()[0])
+    monkeypatch.setattr(parity, "GARBAGE", 1e-3)
+    quiet = float(caught(bundle, made, "step", "logits").split("(error ")[1].split()[0])
+    assert loud > 3 * quiet
