@@ -33,7 +33,8 @@ def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, repor
     Every graph is checked against the reference before the folder appears: an interrupted or failed export leaves
     nothing there. `report` is told each stage as it begins.
 
-    Raises UsageError if the folder exists, LintError or ParityError if a graph would not do what the reference does.
+    Raises UsageError if the folder exists or cannot be made, LintError or ParityError if a graph would not do what
+    the reference does.
     """
     if out.exists():
         raise UsageError(f"{out} exists: choose another --out, or remove it first")
@@ -55,8 +56,11 @@ def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, repor
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A working folder beside `out` that takes its name only if all went well, and is gone otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"{out.parent} cannot hold the bundle ({error.strerror}): choose another --out") from error
     try:
         yield folder
         folder.chmod(0o755)
