@@ -63,6 +63,8 @@ def find(request: Request) -> Source:
         if request.model:
             raise UsageError("--checkpoint says what the model is: leave out --model")
         return _from_checkpoint(request, request.checkpoint)
+    if request.tokenizer:
+        raise UsageError("--tokenizer completes a --checkpoint; a named model brings its own: leave it out")
     name = request.model or TINY
     if name not in MODELS:
         raise UsageError(f"no model {name!r}: there are {', '.join(MODELS)}")
