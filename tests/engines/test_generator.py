@@ -204,6 +204,15 @@ def test_streamed_frames_come_before_later_tokens_are_made_and_stay_as_they_were
     assert np.array_equal(first.tokens, kept[1])
 
 
+def test_a_clip_stays_as_it_was_when_the_session_makes_another() -> None:
+    session = FakeSession(spec_of((1, 1, 4)))
+    first = Generator(session, seed=1).predict(frames_for(session.spec))
+    kept = (first.video.copy(), first.tokens.copy())
+    Generator(session, seed=2).predict(frames_for(session.spec, seed=8))
+    assert np.array_equal(first.video, kept[0])
+    assert np.array_equal(first.tokens, kept[1])
+
+
 def test_clips_of_a_batch_have_the_noise_of_successive_samples() -> None:
     batch = FakeSession(spec_of((1, 2, 2), batch=3))
     frames = frames_for(batch.spec)

@@ -80,12 +80,13 @@ def test_the_ends_of_the_noise_draw_the_first_and_the_last_kept_token(logits: li
     assert sample(rows, np.array([0.0, LAST]), settings).tolist() == [kept[0], kept[-1]]
 
 
-def test_a_draw_never_leaves_the_vocabulary_by_rounding() -> None:
-    # Sums like these round so that u·total could reach the total.
+@pytest.mark.parametrize("uniform", [LAST, 1.0])
+def test_a_draw_never_leaves_the_kept_tokens(uniform: float) -> None:
+    """Not even where noise of fewer bits, or a product, has been rounded up to 1."""
     rng = np.random.default_rng(0)
     probs = rng.uniform(size=(500, 37)) * 10.0 ** rng.integers(-300, 0, (500, 1))
     probs[:, -1] = 0.0
-    assert draw(probs, np.full(500, LAST)).max() == 35
+    assert (draw(probs, np.full(500, uniform)) == 35).all()
 
 
 @given(logit_lists)
