@@ -63,5 +63,14 @@ def test_what_is_imported_is_the_wheel(environment: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("command", ["nbp-export", "nbp-bench"])
-def test_commands_work_outside_the_clone(command: str, environment: Path, tmp_path: Path) -> None:
+def test_help_works_outside_the_clone(command: str, environment: Path, tmp_path: Path) -> None:
     assert "Usage:" in run([environment / command, "--help"], tmp_path)
+
+
+def test_bundled_models_are_exported_and_measured_outside_the_clone(environment: Path, tmp_path: Path) -> None:
+    bundle = run([environment / "nbp-export", "onnx", "--block", "256"], tmp_path).strip()
+    assert (tmp_path / bundle / "receipt.json").is_file()
+    said = run([environment / "nbp-bench", "--sizes", "256", "--clips", "1"], tmp_path)
+    assert "bundled nbp-tiny for block 1x16x16" in said
+    assert said.count("identical") == 2
+    assert (tmp_path / "nbp-bench-results" / "report.md").is_file()

@@ -187,7 +187,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Folder of the run.")
-@click.option("--steps", default=2600)
+@click.option("--steps", default=3000)
 @click.option("--seed", default=0)
 def tokenizer(out: Path, steps: int, seed: int) -> None:
     """The tokenizer, by mean squared error on 9×96×96 crops."""
@@ -241,8 +241,8 @@ def batches(tokens: Tensor, size: int, seed: int, step: int) -> Tensor:
 @main.command()
 @click.option("--block", required=True, help="Block shape or size, such as 1x1x16.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Folder of the run.")
-@click.option("--steps", default=1500)
-@click.option("--windows", default=1500, help="Random windows in the training set.")
+@click.option("--steps", default=600)
+@click.option("--windows", default=1200, help="Random windows in the training set.")
 @click.option("--seed", default=0)
 def generator(block: str, out: Path, steps: int, windows: int, seed: int) -> None:
     """The generator of one block shape, on the tokens of the trained tokenizer."""
