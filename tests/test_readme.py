@@ -40,9 +40,8 @@ def test_python_blocks_run_on_the_bundle_that_the_command_above_makes(
 
 @pytest.mark.parametrize("words", [w for w in _commands() if w[0] in COMMANDS], ids=" ".join)
 def test_every_option_that_the_readme_uses_exists(words: list[str]) -> None:
-    command = COMMANDS[words[0]]
-    if words[0] == "nbp-export":
-        command = command.commands[words[1]]  # type: ignore[attr-defined]
+    group = COMMANDS[words[0]]
+    command = group.commands.get(words[1], group)
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= known
 
