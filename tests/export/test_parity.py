@@ -42,6 +42,7 @@ def test_what_is_no_number_never_passes(odd: float) -> None:
     found = np.array([0.0, odd, 0.0])
     check = compare("step", "", "logits", found, np.zeros(3), np.finfo(float).max)
     assert not check.passed
+    assert check.worst == np.inf
     assert "logits[1]" in check.where
 
 
