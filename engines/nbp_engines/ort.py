@@ -33,9 +33,10 @@ class _Graph:
         """Copy the inputs in, run, and return the first output's buffer."""
         for name, value in inputs.items():
             buffer = self.inputs[name]
-            if value.shape != buffer.shape:
-                raise EngineError(f"{self._spec.name}: {name} is {value.shape}, the graph takes {buffer.shape}")
-            np.copyto(buffer, value, casting="same_kind")
+            if (value.dtype, value.shape) != (buffer.dtype, buffer.shape):
+                found, due = (f"{array.dtype} {list(array.shape)}" for array in (value, buffer))
+                raise EngineError(f"{self._spec.name}: {name} is {found}, the graph takes {due}")
+            np.copyto(buffer, value)
         self._session.run_with_iobinding(self._binding)
         return self.outputs[self._spec.outputs[0].name]
 
