@@ -15,7 +15,7 @@ import click
 @click.option("--timing-only", is_flag=True, help="Accept checkpoints that were trained for another block.")
 @click.option("--engines", default="naive,reference,onnx", show_default=True, help="Which engines, in table order.")
 @click.option("--video", type=click.Path(path_type=Path), help="Predict from this video.  [default: a bundled clip]")
-@click.option("--clips", type=click.IntRange(1), default=3, show_default=True, help="Measured clips an engine.")
+@click.option("--clips", type=click.IntRange(1), default=7, show_default=True, help="Measured clips an engine.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips generated at once.")
 @click.option("--threads", type=click.IntRange(1), help="Threads inside an operator.  [default: each runtime's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling noise.")
@@ -73,7 +73,7 @@ def main(
     ]
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 110
+        console.width = 120
     check_golden(console)
     run(console, Plan(requests, chosen, video, clips, batch, threads, seed, out))
 

@@ -8,6 +8,7 @@ from nbp_reports.record import Record
 from nbp_reports.table import TABLES, rows
 
 FIGURE = "fps_by_block.png"
+STEADY = 0.10  # spread above which a machine is called unsteady
 SHEET = "clips.png"  # drawn by whoever has the clips, beside the report
 TEMPLATE = """\
 # Block sizes compared: {{ first.model }}
@@ -30,10 +31,14 @@ TEMPLATE = """\
 - FPS counts the {{ first.frames }} predicted frames of a clip over the wall time from the given frames to the predicted
   ones: encode, prefill, steps, sampling, decode. It is the median of {{ first.total_ns | length }} clips; every clip is
   a dot in the figure, and all samples are in `records.jsonl`.
+- `spread` is the interquartile range of the clips' times over their median{{ "" if steady else
+  ": **above 10%, so this machine was not steady**; FPS that differ by less than it do not differ" }}.
 - The stages are mean seconds a clip and add up to the wall time. `one step ms` is the median of single steps.
 - `1st frame s` is a separate, streamed run: from the call until the first predicted frames are there.
 - Peak memory is that of the engine's own process{{ "" if first.interleaved else ", each engine running alone" }}.
-- Parity: all engines draw from the same noise; the tokens are compared with those of the eager PyTorch reference.
+- `tokens`: all engines draw from the same noise, and their tokens are compared with those of the eager PyTorch
+  reference. Engines round logits differently in the last bits, so a draw whose noise falls within that rounding of the
+  edge between two tokens may flip; then what follows differs too.
 - {{ "The engines took turns, clip by clip, in processes of their own." if first.interleaved
      else "The engines ran one after another: together they would not fit in memory." }}
 - {{ "FVD is not measured yet." if first.trained
@@ -80,6 +85,7 @@ def report(records: Sequence[Record], folder: Path) -> Path:
     template = Environment(undefined=StrictUndefined, autoescape=False).from_string(TEMPLATE)
     path = folder / "report.md"
     sheet = SHEET if (folder / SHEET).exists() else None
-    values = {"tables": TABLES, "rows": rows, "figure": FIGURE, "sheet": sheet}
+    steady = all((r.spread or 0) <= STEADY for r in records)
+    values = {"steady": steady, "tables": TABLES, "rows": rows, "figure": FIGURE, "sheet": sheet}
     path.write_text(template.render(first=records[0], records=records, verdict=verdict(records), **values) + "\n")
     return path

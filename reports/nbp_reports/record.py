@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Self
 
 from nbp_reports.errors import RecordError
@@ -89,6 +89,14 @@ class Record:
     def fps(self) -> float:
         """Predicted frames a second, end to end, of the median clip; all clips of a batch count."""
         return self.frames * self.batch / self.seconds
+
+    @property
+    def spread(self) -> float | None:
+        """Interquartile range of the clips' wall times over their median; None below four clips."""
+        if len(self.total_ns) < 4:
+            return None
+        low, _, high = quantiles(self.total_ns, n=4)
+        return (high - low) / median(self.total_ns)
 
     @property
     def first_frame_seconds(self) -> float | None:

@@ -87,6 +87,15 @@ def test_statistics_come_from_the_samples() -> None:
     assert _record(step_ns=[]).step_ms is None
 
 
+def test_spread_needs_samples_and_marks_an_unsteady_machine(tmp_path: Path) -> None:
+    assert _record().spread is None
+    assert _record(total_ns=[10, 10, 10, 10, 10]).spread == 0
+    wild = _record(total_ns=[10, 20, 30, 40, 50])
+    assert wild.spread == pytest.approx(1)  # quartiles 15 and 45
+    assert "not steady" in markdown.report([wild], tmp_path).read_text()
+    assert "not steady" not in markdown.report([_record()], tmp_path).read_text()
+
+
 def test_what_was_not_measured_is_said_and_never_zero() -> None:
     (cells,) = table.rows(table.RESULTS, [_record(token_agreement=None)])
     shown = dict(zip(table.RESULTS, cells, strict=True))
@@ -106,9 +115,9 @@ def test_parity_tells_where_engines_part() -> None:
     assert table.parity(_record(token_agreement=0.875, first_divergence=9)) == "87.50%, from token 9"
 
 
-def test_terminal_tables_fit_110_columns_with_the_longest_cells() -> None:
+def test_terminal_tables_fit_120_columns_with_the_longest_cells() -> None:
     rows = [_record(block="1x16x16", engine="reference"), _record(token_agreement=0.12345, first_divergence=1279)]
-    console = Console(width=110, record=True, file=None, quiet=False)
+    console = Console(width=120)
     with console.capture() as capture:
         for title, columns in table.TABLES.items():
             console.print(table.terminal(title, columns, rows))
