@@ -40,7 +40,7 @@ RESULTS: Columns = {
     "engine": lambda r: r.engine,
     "steps": lambda r: str(r.steps),
     "FPS": lambda r: _number(r.fps, 2),
-    "spread": lambda r: "n too small" if r.spread is None else f"{r.spread:.0%}",
+    "spread": lambda r: "n < 4" if r.spread is None else f"{r.spread:.0%}",
     "1st frame s": lambda r: _number(r.first_frame_seconds, 2),
     "peak MB": _megabytes,
     "tokens": parity,
