@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from nbp_bench.cli import main as nbp_bench
 from nbp_export.cli import main as nbp_export
+from nbp_reports import markdown, record, table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,6 +51,12 @@ def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     used = {words[1] for words in _commands() if words[0] == "make"} | set(re.findall(r"`make ([a-z-]+)`", README))
     assert {"bench", "test"} <= used <= targets
+
+
+def test_the_table_is_what_the_committed_records_say() -> None:
+    records = record.read(ROOT / "reports" / "records" / "xeon-2-cores" / "nbp-tiny.jsonl")
+    assert records[0].command == "nbp-bench --sizes 1,16,256"
+    assert markdown.table(table.RESULTS, records) in README
 
 
 def test_links_lead_somewhere() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nbp_reports.figure import fps_by_block
 from nbp_reports.record import Record
-from nbp_reports.table import TABLES, rows
+from nbp_reports.table import TABLES, Columns, rows
 
 FIGURE = "fps_by_block.png"
 STEADY = 0.10  # spread above which a machine is called unsteady
@@ -17,11 +17,7 @@ TEMPLATE = """\
 
 {% for title, columns in tables.items() -%}
 ## {{ title }}
-|{% for name in columns %} {{ name }} |{% endfor %}
-|{% for name in columns %} --- |{% endfor %}
-{% for row in rows(columns, records) -%}
-|{% for cell in row %} {{ cell }} |{% endfor %}
-{% endfor %}
+{{ table(columns, records) }}
 {% endfor -%}
 ![Frames a second by block size]({{ figure }})
 {% if sheet %}
@@ -61,6 +57,12 @@ TEMPLATE = """\
 """
 
 
+def table(columns: Columns, records: Sequence[Record]) -> str:
+    """The rows as a Markdown table."""
+    lines = [list(columns), ["---"] * len(columns), *rows(columns, records)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def verdict(records: Sequence[Record]) -> str:
     """One sentence a block size: the fastest engine, its gain over the authors' loop, and whether tokens agree."""
     lines = []
@@ -72,7 +74,7 @@ def verdict(records: Sequence[Record]) -> str:
         same = all(r.token_agreement in (None, 1) for r in there)
         lines.append(
             f"- **{block}**: {best.engine} is fastest, {best.fps:.2f} FPS{gain}; "
-            + ("all engines gave identical tokens." if same else "engines differ in tokens, see parity.")
+            + ("all engines gave identical tokens." if same else "engines differ in tokens, see that column.")
         )
     return "\n".join(lines)
 
@@ -86,6 +88,6 @@ def report(records: Sequence[Record], folder: Path) -> Path:
     path = folder / "report.md"
     sheet = SHEET if (folder / SHEET).exists() else None
     steady = all((r.spread or 0) <= STEADY for r in records)
-    values = {"steady": steady, "tables": TABLES, "rows": rows, "figure": FIGURE, "sheet": sheet}
+    values = {"steady": steady, "tables": TABLES, "table": table, "figure": FIGURE, "sheet": sheet}
     path.write_text(template.render(first=records[0], records=records, verdict=verdict(records), **values) + "\n")
     return path
