@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nbp_reference import checkpoint, clips
 from nbp_reference.config import MODELS, TOKENIZERS
 from nbp_reference.model import NextBlockTransformer
-from nbp_reference.tokenizer import CausalConv3d, DepthToSpace, ResidualUnit, VideoTokenizer
+from nbp_reference.tokenizer import CausalConv3d, DepthToSpace, FrameGroupNorm, ResidualUnit, VideoTokenizer
 
 SIDE = 128  # pixels
 FRAMES = 17
@@ -180,6 +180,22 @@ def start_linear(model: VideoTokenizer) -> None:
             bias.data.copy_(torch.randn(len(one)).repeat(copies) if following else torch.full_like(bias, 0.5))
 
 
+def shrink_to_fp16(model: VideoTokenizer, windows: list[np.ndarray], largest: float = 4096) -> None:
+    """Scale the convolution before the decoder's last GroupNorm down, by a power of two, which changes nothing else.
+
+    The norm takes any scale away, so nothing keeps the weights before it from growing, here until activations reached
+    237,000: infinity in fp16, and NaN after the norm.
+    """
+    norm = next(i for i, layer in enumerate(model.decoder_layers) if isinstance(layer, FrameGroupNorm))
+    before, conv = model.decoder_layers[: norm - 1], model.decoder_layers[norm - 2]
+    assert isinstance(conv, CausalConv3d)
+    with torch.no_grad():
+        codes = (model.fsq.quantize(model.latents(to_video([w]))) for w in windows)
+        reached = max(float(before(c.permute(0, 4, 1, 2, 3)).abs().max()) for c in codes)
+        for parameter in conv.parameters():
+            parameter.div_(2.0 ** max(0, math.ceil(math.log2(reached / largest))))
+
+
 @click.group()
 def main() -> None:
     """Train the nbp-tiny weights."""
@@ -214,6 +230,7 @@ def tokenizer(out: Path, steps: int, seed: int) -> None:
         return -10 * math.log10(np.mean([error(v, model.latents(v).float()).item() for v in videos]))
 
     fit(model, loss_of, lambda: psnr(held[::5]), Schedule(steps, rate=2e-3), out / "tokenizer")
+    shrink_to_fp16(model, held[::5])
     checkpoint.save(model, out / "tokenizer.safetensors")
     with torch.inference_mode():
         reached = psnr(held)

@@ -11,6 +11,9 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from nbp_reference import checkpoint, train
+from nbp_reference.config import TOKENIZERS
+from nbp_reference.tokenizer import VideoTokenizer
+from tests.support import filled
 
 SCHEDULE = train.Schedule(steps=6, rate=1e-2, warmup=2)
 
@@ -157,3 +160,20 @@ def test_the_commands_make_weights_that_load(tmp_path: Path, monkeypatch: pytest
     loaded = checkpoint.load(tmp_path / "generator-256.safetensors").generator
     assert loaded is not None
     assert loaded.config.block.size == 256
+
+
+def test_shrinking_to_fp16_changes_the_scale_and_nothing_else() -> None:
+    tokenizer = filled(VideoTokenizer(TOKENIZERS["nbp-tiny"]))
+    tokens, key = torch.arange(2 * 4 * 4)[None], "decoder_layers.8.conv.weight"
+    with torch.no_grad():
+        before, weights = tokenizer.decode(tokens, (2, 4, 4)), tokenizer.state_dict()[key].clone()
+        window = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), np.uint8)
+        train.shrink_to_fp16(tokenizer, [window], largest=0.5)
+        factor = weights / tokenizer.state_dict()[key]
+        assert factor.min() == factor.max() > 1
+        assert torch.log2(factor.max()) % 1 == 0
+        # Only the norm's epsilon can tell.
+        torch.testing.assert_close(tokenizer.decode(tokens, (2, 4, 4)), before, atol=1e-3, rtol=0)
+        once = tokenizer.state_dict()[key].clone()
+        train.shrink_to_fp16(tokenizer, [window])
+        assert torch.equal(tokenizer.state_dict()[key], once)
