@@ -32,10 +32,12 @@ def nucleus(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         scaled[scaled < smallest] = -np.inf
     probs: np.ndarray = np.exp(scaled - scaled.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
-    order = np.argsort(-probs, axis=-1, kind="stable")
-    ranked = np.take_along_axis(probs, order, -1)
-    ranked[ranked.cumsum(-1) - ranked >= sampling.top_p] = 0.0
-    np.put_along_axis(probs, order, ranked, -1)
+    ranked = -np.sort(-probs, axis=-1)  # values alone: far cheaper than ranking the tokens
+    kept = (ranked.cumsum(-1) - ranked < sampling.top_p).sum(-1, keepdims=True)
+    least = np.take_along_axis(ranked, kept - 1, -1)
+    ties = probs == least
+    room = kept - (probs > least).sum(-1, keepdims=True)
+    probs[(probs < least) | (ties & (ties.cumsum(-1) > room))] = 0.0
     return probs
 
 

@@ -30,7 +30,8 @@ def sample(
     smallest = scaled.topk(min(top_k, scaled.shape[-1])).values[..., -1:]
     probs = scaled.masked_fill(scaled < smallest, -torch.inf).softmax(-1)
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    kept = (ranked.cumsum(-1) - ranked) < top_p
+    count = (ranked.cumsum(-1) - ranked < top_p).sum(-1, keepdim=True)
+    kept = torch.arange(ranked.shape[-1], device=ranked.device) < count
     cdf = probs.where(torch.zeros_like(kept).scatter(-1, order, kept), 0.0).cumsum(-1)
     total = cdf[..., -1:]
     target = torch.minimum(uniforms.double()[..., None] * total, total.nextafter(total.new_zeros(())))
