@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nbp_engines import sampling
 from nbp_engines.errors import EngineError
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
@@ -74,8 +75,8 @@ class ReferenceSession(_TorchSession):
         return logits.numpy()
 
     def sample(self, logits: np.ndarray, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
-        """Tokens int64 [B,L], all positions at once."""
-        return _sample(torch.from_numpy(logits), torch.from_numpy(uniforms), settings).numpy()
+        """Tokens int64 [B,L], all positions at once, by the same numpy code as the exported engines."""
+        return sampling.sample(logits, uniforms, settings)
 
 
 class NaiveSession(_TorchSession):
@@ -108,8 +109,5 @@ class NaiveSession(_TorchSession):
     def sample(self, logits: np.ndarray, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
         """Tokens int64 [B,L], one position after the other."""
         pairs = zip(torch.from_numpy(logits).unbind(1), torch.from_numpy(uniforms).unbind(1), strict=True)
-        return torch.stack([_sample(row, u, settings) for row, u in pairs], 1).numpy()
-
-
-def _sample(logits: Tensor, uniforms: Tensor, settings: Sampling) -> Tensor:
-    return reference_sampling.sample(logits, uniforms, settings.temperature, settings.top_k, settings.top_p)
+        how = (settings.temperature, settings.top_k, settings.top_p)
+        return torch.stack([reference_sampling.sample(row, u, *how) for row, u in pairs], 1).numpy()
