@@ -112,7 +112,11 @@ def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[M
     )
     bundle = _bundle(plan, source, subject, report).path if "onnx" in plan.engines else None
     del source  # each engine loads its own
-    jobs = [Job(e, request, bundle, plan.batch, plan.sampling, plan.seed, plan.threads) for e in plan.engines]
+    sources = [bundle if bundle and engine == "onnx" else request for engine in plan.engines]
+    jobs = [
+        Job(engine, what, plan.batch, plan.sampling, plan.seed, plan.threads)
+        for engine, what in zip(plan.engines, sources, strict=True)
+    ]
     # ONNX Runtime keeps a prepacked copy of the weights for each graph beside the file's.
     copies = len(jobs) + 2 * ("onnx" in plan.engines)
     together = 4 * subject.parameters * copies < 0.7 * available_memory()

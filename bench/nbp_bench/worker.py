@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import click
 import numpy as np
@@ -20,8 +20,9 @@ from nbp_engines.errors import EngineError
 from nbp_engines.generator import Clip, Generator
 from nbp_engines.sampling import Sampling
 from nbp_engines.session import Session, open_session
-from nbp_export.graphs import system_spec
-from nbp_export.sources import Request, find
+
+if TYPE_CHECKING:
+    from nbp_export.sources import Request
 
 ENGINES = ("naive", "reference", "onnx")
 WARM_UP_BLOCKS = 4
@@ -31,8 +32,7 @@ class Job(NamedTuple):
     """What a worker loads."""
 
     engine: str
-    request: Request
-    bundle: Path | None
+    source: "Request | Path"  # the model of a PyTorch engine, or the bundle of an exported one
     batch: int
     sampling: Sampling
     seed: int
@@ -54,16 +54,18 @@ class Result(NamedTuple):
 
 def open_engine(job: Job) -> Session:
     """The session of a job, in this process."""
-    if job.engine == "onnx":
-        assert job.bundle is not None  # the sweep exports one before
-        return open_session(job.bundle, job.threads)
+    if isinstance(job.source, Path):
+        return open_session(job.source, job.threads)
+    # Not at the top: an exported engine's memory must not hold torch.
     import torch
 
     from nbp_bench.engines import NaiveSession, ReferenceSession
+    from nbp_export.graphs import system_spec
+    from nbp_export.sources import find
 
     if job.threads:
         torch.set_num_threads(job.threads)
-    source = find(job.request)
+    source = find(job.source)
     tokenizer = source.tokenizer.config if source.tokenizer else None
     spec = system_spec(source.generator.config, tokenizer, "fp32", job.batch)
     kind = NaiveSession if job.engine == "naive" else ReferenceSession

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from nbp_reports import record
 from nbp_reports.record import STAGES
 
 PAPER = Sampling()
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 RANDOM = Request(model="nbp-tiny", weights="random", block="256")
 SPEC = system_spec(MODELS["nbp-tiny"].with_block("256"), TOKENIZERS["nbp-tiny"], "fp32", 1)
 
@@ -94,7 +97,7 @@ def test_a_second_run_uses_the_first_ones_bundle_unless_it_changed(tmp_path: Pat
 
 
 def _job(engine: str = "reference", request: Request = RANDOM) -> Job:
-    return Job(engine, request, None, 1, Sampling(), 0, None)
+    return Job(engine, request, 1, Sampling(), 0, None)
 
 
 def test_an_error_in_the_child_arrives_in_its_own_words() -> None:
@@ -102,6 +105,12 @@ def test_an_error_in_the_child_arrives_in_its_own_words() -> None:
         Worker(_job(request=Request(model="nbp-huge")))
     with Worker(_job()) as worker, pytest.raises(EngineError, match=r"given frames are \(1, 3, 4, 128, 128\)"):
         worker.call("predict", np.zeros((1, 3, 4, 128, 128), np.float32), 0)
+
+
+def test_an_exported_engines_memory_holds_no_torch() -> None:
+    code = "import sys, nbp_bench.cli, nbp_bench.worker; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout == "False\n"
 
 
 def test_a_killed_child_is_reported() -> None:
