@@ -50,7 +50,7 @@ def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, repor
                 report(f"check {check.graph} at {check.at}")
             checks.append(check)
         _write_json(folder / RECEIPT, receipt(bundle, checks))
-    return Bundle.open(out)
+    return Bundle(out, bundle.manifest)  # the same files under their name; no need to hash them all again
 
 
 @contextmanager
