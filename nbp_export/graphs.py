@@ -27,7 +27,7 @@ def system_spec(model: ModelConfig, tokenizer: TokenizerConfig | None, dtype: st
     if tokenizer:
         _, high, wide = tokenizer.compression
         video = (tokenizer.frames(model.latent.t), model.latent.h * high, model.latent.w * wide)
-        condition_frames = tokenizer.frames(model.condition_latents)
+        condition_frames = tokenizer.frames(model.condition_latents) if model.condition_latents else 0
     return SystemSpec(
         block=(model.block.t, model.block.h, model.block.w),
         latent=(model.latent.t, model.latent.h, model.latent.w),
@@ -40,11 +40,13 @@ def system_spec(model: ModelConfig, tokenizer: TokenizerConfig | None, dtype: st
         heads=model.heads,
         head_dim=model.head_dim,
         vocab=model.vocab,
+        text_tokens=model.text.tokens if model.text else 0,
+        text_vocab=model.text.vocab if model.text else 0,
     )
 
 
 class _BlockStep(nn.Module):
-    """`block_step` with the caches as flat arguments k_0, v_0, k_1 …; serves prefill and step alike."""
+    """`block_step` with the caches as flat arguments k_0, v_0, k_1 …; serves prefill and steps alike."""
 
     def __init__(self, model: NextBlockTransformer) -> None:
         super().__init__()

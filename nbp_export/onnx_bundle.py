@@ -22,7 +22,13 @@ from nbp_export.graphs import graph_module, system_spec, trace
 from nbp_export.sources import Source
 from nbp_export.weights import WeightPool, weights_sha256
 
-WEIGHTS = {"prefill": "generator.data", "step": "generator.data", "encode": "encode.data", "decode": "decode.data"}
+WEIGHTS = {
+    "prefill": "generator.data",
+    "step": "generator.data",
+    "step_1": "generator.data",
+    "encode": "encode.data",
+    "decode": "decode.data",
+}
 TOOLS = ("nbp-export", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 Report = Callable[[str], None]
 

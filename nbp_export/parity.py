@@ -71,7 +71,7 @@ def check_bundle(
             elif name == "decode" and tokenizer:
                 checks = _decode(session, tokenizer, rng)
             else:
-                starts = [0] if name == "prefill" else step_positions(spec)
+                starts = [0] if name == "prefill" else step_positions(spec, name)
                 checks = (c for start in starts for c in _generator(session, name, generator, start, rng))
             for check in checks:
                 if not check.passed:
@@ -83,15 +83,19 @@ def check_bundle(
                 yield check
 
 
-def step_positions(spec: SystemSpec) -> list[int]:
-    """The first, a middle and the last position that a generation steps at.
+def step_positions(spec: SystemSpec, name: str = "step") -> list[int]:
+    """The first, a middle and the last position that a generation uses the step graph at.
 
     Where the prediction is one block, no generation steps: then the last position that has room.
     """
-    last = spec.capacity - spec.block_size
-    first = min(spec.condition_tokens, last)
-    steps = (last - first) // spec.block_size
-    return sorted({first + spec.block_size * s for s in (0, steps // 2, steps)})
+    first, size, last = spec.condition_tokens, spec.block_size, spec.capacity - spec.block_size
+    if name == "step_1":
+        size, last = 1, first + spec.block_size - 1
+    elif spec.hybrid:
+        first += size
+    first = min(first, last)
+    steps = (last - first) // size
+    return sorted({first + size * s for s in (0, steps // 2, steps)})
 
 
 def _generator(

@@ -8,11 +8,11 @@ import torch
 
 from nbp_engines.errors import UsageError
 from nbp_reference import checkpoint
-from nbp_reference.config import MODELS, TOKENIZERS, BlockShape, ModelConfig
+from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
-TINY = "nbp-tiny"
+TINY = ("nbp-tiny", "nbp-tiny-hybrid")  # the models that come with their weights
 
 
 class Request(NamedTuple):
@@ -65,14 +65,14 @@ def find(request: Request) -> Source:
         return _from_checkpoint(request, request.checkpoint)
     if request.tokenizer:
         raise UsageError("--tokenizer completes a --checkpoint; a named model brings its own: leave it out")
-    name = request.model or TINY
+    name = request.model or TINY[0]
     if name not in MODELS:
         raise UsageError(f"no model {name!r}: there are {', '.join(MODELS)}")
     if request.weights == "random":
         return _random(name, MODELS[name].with_block(request.block or str(MODELS[name].block)))
-    if name != TINY:
+    if name not in TINY:
         raise UsageError(f"{name} has no bundled weights: give --checkpoint FILE, or --weights random to time it")
-    return _bundled(request)
+    return _bundled(name, request)
 
 
 def _from_checkpoint(request: Request, path: Path) -> Source:
@@ -84,9 +84,9 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
         tokenizer = checkpoint.load(request.tokenizer).tokenizer
         if tokenizer is None:
             raise UsageError(f"{request.tokenizer} holds no tokenizer")
-    if tokenizer and tokenizer.config.vocab != loaded.generator.config.vocab:
-        codes, ids = tokenizer.config.vocab, loaded.generator.config.vocab
-        raise UsageError(f"the tokenizer has {codes} codes, the generator {ids} ids: they do not belong together")
+    if tokenizer and tokenizer.config.vocab != loaded.generator.config.codes:
+        codes, ids = tokenizer.config.vocab, loaded.generator.config.codes
+        raise UsageError(f"the tokenizer has {codes} codes, the generator {ids} for video: they do not belong together")
     generator, trained_for = loaded.generator, loaded.generator.config.block
     config = generator.config.with_block(request.block or str(trained_for))
     if request.weights == "random":
@@ -94,6 +94,11 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
         return Source(path.stem, random_generator(config), tokenizer, False, note)
     # The authors' files tell the size of the block, not its shape.
     fits = config.block == trained_for if path.suffix == ".safetensors" else config.block.size == trained_for.size
+    if generator.config.text and config.block.size != trained_for.size:
+        raise UsageError(
+            f"{path} is class-conditional: {trained_for.size} of its token ids begin a video and fill its first block, "
+            f"which fixes the block size. Use --block {trained_for}"
+        )
     if not fits and not request.timing_only:
         raise UsageError(
             f"{path} was trained for block {trained_for}, not {config.block}: its output would be noise. "
@@ -115,13 +120,13 @@ def random_generator(config: ModelConfig) -> NextBlockTransformer:
 def _random(name: str, config: ModelConfig) -> Source:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokenizer = VideoTokenizer(TOKENIZERS[name if name in TOKENIZERS else "official"])
+        tokenizer = VideoTokenizer(TOKENIZERS["nbp-tiny" if name in TINY else "official"])
     note = f"{name} with random weights, block {config.block}: speed means something, quality is not measured"
     return Source(name, random_generator(config), tokenizer.eval(), False, note)
 
 
-def _bundled(request: Request) -> Source:
-    config = MODELS[TINY].with_block(request.block or str(BlockShape(1, 1, 16)))
-    generator, tokenizer = checkpoint.bundled(config.block)
-    note = f"bundled {TINY} for block {config.block} (no --model, no --checkpoint given)"
-    return Source(TINY, generator, tokenizer, True, note)
+def _bundled(name: str, request: Request) -> Source:
+    config = MODELS[name].with_block(request.block or str(MODELS[name].block))
+    generator, tokenizer = checkpoint.bundled(config.block, hybrid=config.text is not None)
+    asked = "" if request.model else " (no --model, no --checkpoint given)"
+    return Source(name, generator, tokenizer, True, f"bundled {name} for block {config.block}{asked}")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nbp_reference.config import BlockShape, Latent, ModelConfig
+from nbp_reference.config import BlockShape, Latent, ModelConfig, TextCondition
 from nbp_reference.model import NextBlockTransformer
 from tests.golden.weights import fill
 
@@ -33,6 +33,13 @@ def filled(model: M, prefix: str = "") -> M:
 def golden_generator(block: str) -> NextBlockTransformer:
     """The small generator that the K600 goldens were made with."""
     config = ModelConfig(layers=3, width=64, heads=4, vocab=320).with_block(block)
+    return filled(NextBlockTransformer(config), "transformer.")
+
+
+def golden_hybrid() -> NextBlockTransformer:
+    """The small class-conditional generator behind `ucf_L4.npz`: 4 special, 60 text and 200 video token ids."""
+    text = TextCondition(tokens=8, vocab=60)
+    config = ModelConfig(2, 64, 4, vocab=264, condition_latents=0, block=BlockShape(1, 1, 4), text=text)
     return filled(NextBlockTransformer(config), "transformer.")
 
 

@@ -93,7 +93,7 @@ class NaiveSession(_TorchSession):
         model, start = self.generator, int(cache_pos[0])
         query_BT = torch.arange(start, start + tokens.shape[1])[None]
         # In a step every cached token is visible; only the prefill needs the mask.
-        mask = block_mask(query_BT, tokens.shape[1], model.L) if start == 0 else None
+        mask = block_mask(query_BT, tokens.shape[1], model.config) if start == 0 else None
         x_BTC = model.tok_emb(torch.from_numpy(tokens)) + model.pos_emb[:, start : start + tokens.shape[1]]
         past = []
         for i, layer in enumerate(cast(Sequence[Any], model.blocks)):

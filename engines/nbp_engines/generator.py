@@ -1,4 +1,4 @@
-"""The one generation loop: encode the given frames, prefill, then sample and step block by block, decode.
+"""The one generation loop: encode the given frames or take a text, prefill, then sample and step by blocks, decode.
 
 Shape legend: B batch, L tokens in a block, P condition tokens, F video frames.
 """
@@ -44,7 +44,8 @@ class Clip:
 
     Attributes:
         video: float32 [B,3,F,H,W] in [0,1], the predicted frames only.
-        tokens: int64 [B,T·H·W] so far in raster order, the condition included; later frames hold zeros.
+        tokens: the video tokenizer's, int64 [B,T·H·W] so far in raster order, given ones included; later frames
+            hold zeros.
         timeline: where the time went.
     """
 
@@ -73,56 +74,98 @@ class Generator:
         Raises UsageError if the frames do not have the bundle's batch, count and size.
         """
         timeline = Timeline()
-        condition = self._encode(frames, timeline)
+        return self._whole(self._encode(frames, timeline), sample, timeline)
+
+    def generate(self, text: np.ndarray, sample: int = 0) -> Clip:
+        """Generate a whole clip of the class that a hybrid model is told by `text`, text token ids int64 [B,P].
+
+        Raises UsageError for other shapes or ids, and if the model is not class-conditional.
+        """
+        if not self.session.spec.hybrid:
+            raise UsageError("the model predicts frames: it takes those that are given, `predict(frames)`, and no text")
+        return self._whole(text, sample, Timeline())
+
+    def _whole(self, condition: np.ndarray, sample: int, timeline: Timeline) -> Clip:
         for tokens in self.blocks(condition, sample, timeline):
             clip = tokens
         return self._decode(clip, self.session.spec.condition_frames, self.session.spec.video[0], timeline)
 
-    def stream(self, frames: np.ndarray, sample: int = 0) -> Iterator[Clip]:
-        """The same frames as `predict`, each latent frame's as soon as its tokens are there.
+    def stream(self, condition: np.ndarray, sample: int = 0) -> Iterator[Clip]:
+        """What `predict` makes of given frames, or `generate` of a text, each latent frame as soon as it is there.
 
         The decoder is causal in time, so frames decoded before the later tokens exist are final.
         """
         spec = self.session.spec
         blocks_a_frame = spec.block[0] * spec.latent[1] * spec.latent[2] // spec.block_size
-        frames_a_latent = (spec.video[0] - spec.condition_frames) // (spec.latent[0] - spec.condition_latents)
         timeline = Timeline()
-        condition = self._encode(frames, timeline)
+        tokens_given = condition if spec.hybrid else self._encode(condition, timeline)
         shown = spec.condition_frames
-        for done, tokens in enumerate(self.blocks(condition, sample, timeline), start=1):
+        for done, tokens in enumerate(self.blocks(tokens_given, sample, timeline), start=1):
             if done % blocks_a_frame == 0:
-                ready = shown + spec.block[0] * frames_a_latent
+                ready = spec.frames(spec.condition_latents + done // blocks_a_frame * spec.block[0])
                 yield self._decode(tokens, shown, ready, timeline)
                 timeline.skip()
                 shown = ready
 
     def blocks(self, condition: np.ndarray, sample: int = 0, timeline: Timeline | None = None) -> Iterator[np.ndarray]:
-        """Generate block by block after condition tokens [B,P]; after each, the clip so far [B,T·H·W].
+        """Generate block by block after a condition [B,P], tokens or text; after each, the clip so far [B,T·H·W].
 
-        All tokens are in raster order; the array is the same each time and grows more complete.
+        The clip's tokens are as sampled, `SystemSpec.codes` makes them the video tokenizer's. Given and generated
+        tokens are in raster order; the array is the same each time and grows more complete.
         """
         spec, timeline = self.session.spec, timeline or Timeline()
-        batch, size = spec.batch, spec.block_size
-        if condition.shape != (batch, spec.condition_tokens):
-            raise UsageError(f"condition tokens are {condition.shape}, expected {(batch, spec.condition_tokens)}")
+        self._check(condition)
+        batch, size, P = spec.batch, spec.block_size, spec.condition_tokens
         order = spec.order()
         clip = np.zeros((batch, spec.clip_tokens), np.int64)
-        clip[:, : spec.condition_tokens] = condition
-        logits = self.session.prefill(clip[:, order[: spec.condition_tokens]])
+        given = 0
+        if spec.hybrid:
+            self.session.prefill(condition + size)
+        else:
+            given = P
+            clip[:, :given] = condition
+            logits = self.session.prefill(clip[:, order[:given]])
         timeline.mark("prefill")
         for block in range(spec.blocks):
             noise = np.stack([uniforms(self.seed, sample + b, block, size) for b in range(batch)])
-            tokens = self.session.sample(logits, noise, self.sampling)
-            start = spec.condition_tokens + block * size
+            if spec.hybrid and block == 0:
+                tokens = self._one_by_one(noise, timeline)
+            else:
+                tokens = self.session.sample(logits, noise, self.sampling)
+            start = given + block * size
             clip[:, order[start : start + size]] = tokens
             timeline.mark("sample")
             yield clip
             if block + 1 < spec.blocks:
-                logits = self.session.step(tokens, np.full(batch, start, np.int64))
+                if spec.hybrid and block == 0:  # the first block to be read: its last token, then middle-of-video
+                    tokens = np.concatenate([tokens[:, -1:], np.arange(1, size)[None].repeat(batch, 0)], 1)
+                logits = self.session.step(tokens, np.full(batch, P + (block + spec.hybrid) * size, np.int64))
                 timeline.mark("step")
+
+    def _one_by_one(self, noise: np.ndarray, timeline: Timeline) -> np.ndarray:
+        """The first block [B,L] of a hybrid, token by token after begin-of-video, which is id 0."""
+        spec = self.session.spec
+        tokens = [np.zeros((spec.batch, 1), np.int64)]
+        for i in range(spec.block_size):
+            logits = self.session.step(tokens[-1], np.full(spec.batch, spec.condition_tokens + i, np.int64))
+            timeline.mark("step")
+            tokens.append(self.session.sample(logits, noise[:, i : i + 1], self.sampling).copy())
+            timeline.mark("sample")
+        return np.concatenate(tokens[1:], 1)
+
+    def _check(self, condition: np.ndarray) -> None:
+        spec = self.session.spec
+        name, ids = ("text", spec.text_vocab) if spec.hybrid else ("condition", spec.vocab)
+        expected = (spec.batch, spec.condition_tokens)
+        if condition.shape != expected:
+            raise UsageError(f"{name} tokens are {condition.shape}, expected {expected}")
+        if condition.min() < 0 or condition.max() >= ids:
+            raise UsageError(f"{name} tokens reach from {condition.min()} to {condition.max()}; ids are 0 to {ids - 1}")
 
     def _encode(self, frames: np.ndarray, timeline: Timeline) -> np.ndarray:
         spec = self.session.spec
+        if spec.hybrid:
+            raise UsageError("the model is class-conditional: it takes a text, `generate(text)`, and no frames")
         expected = (spec.batch, 3, spec.condition_frames, *spec.video[1:])
         if frames.shape != expected:
             raise UsageError(f"given frames are {frames.shape}, expected {expected} ([B,3,F,H,W], values in [0,1])")
@@ -131,6 +174,7 @@ class Generator:
         return tokens
 
     def _decode(self, tokens: np.ndarray, first: int, last: int, timeline: Timeline) -> Clip:
-        video = self.session.decode(tokens)[:, :, first:last].copy()
+        codes = self.session.spec.codes(tokens)
+        video = self.session.decode(codes)[:, :, first:last].copy()
         timeline.mark("decode")
-        return Clip(video, tokens.copy(), timeline)
+        return Clip(video, codes, timeline)

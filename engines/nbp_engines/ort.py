@@ -84,8 +84,9 @@ class OrtSession:
         return self.run("prefill", tokens=tokens, cache_pos=np.zeros(self.spec.batch, np.int64))
 
     def step(self, tokens: np.ndarray, cache_pos: np.ndarray) -> np.ndarray:
-        """Logits [B,L,V] after the block [B,L] at cache_pos [B]."""
-        return self.run("step", tokens=tokens, cache_pos=cache_pos)
+        """Logits [B,T,V] after the block, or the one token, [B,T] at cache_pos [B]."""
+        name = "step" if tokens.shape[1] == self.spec.block_size else "step_1"
+        return self.run(name, tokens=tokens, cache_pos=cache_pos)
 
     def sample(self, logits: np.ndarray, uniforms: np.ndarray, settings: sampling.Sampling) -> np.ndarray:
         """Tokens int64 [B,L]."""

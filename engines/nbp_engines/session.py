@@ -1,6 +1,6 @@
 """What every runtime looks like from outside: five calls on numpy arrays.
 
-Shape legend: B batch, L tokens in a block, P condition tokens, V vocabulary, F video frames.
+Shape legend: B batch, T tokens in the call, L tokens in a block, P condition tokens, V vocabulary, F video frames.
 """
 
 from pathlib import Path
@@ -24,15 +24,18 @@ class Session(Protocol):
         ...
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
-        """Start over with the condition [B,P] in block order; logits [B,L,V] of the first block."""
+        """Start over with the condition [B,P] in block order; logits [B,L,V] of the first block.
+
+        After a hybrid's text the logits mean nothing: begin-of-video is yet to come.
+        """
         ...
 
     def step(self, tokens: np.ndarray, cache_pos: np.ndarray) -> np.ndarray:
-        """Read one block [B,L] at cache_pos int64 [B]; logits [B,L,V] of the next block."""
+        """Read a block, or one token of a hybrid's start, [B,T] at cache_pos int64 [B]; logits [B,T,V] of the next."""
         ...
 
     def sample(self, logits: np.ndarray, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
-        """Tokens int64 [B,L] from logits [B,L,V] and uniforms float64 [B,L]."""
+        """Tokens int64 [B,T] from logits [B,T,V] and uniforms float64 [B,T]."""
         ...
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:

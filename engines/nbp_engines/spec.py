@@ -1,7 +1,7 @@
 """What a bundle's graphs take and give: the only place where the names, dtypes and shapes stand.
 
-Shape legend: B batch, L tokens in a block, P condition tokens, S cache slots, N heads, D head dim, V vocabulary,
-F frames, T×H×W latent frames, rows and columns of tokens.
+Shape legend: B batch, L tokens in a block, P condition tokens (given latent frames, or a hybrid's text), S cache slots,
+N heads, D head dim, V vocabulary, F frames, T×H×W latent frames, rows and columns of tokens.
 """
 
 from dataclasses import asdict, dataclass
@@ -49,12 +49,14 @@ class SystemSpec:
     Attributes:
         block: (t, h, w) tokens predicted together.
         latent: (T, H, W) tokens of a whole clip.
-        condition_latents: latent frames that are given.
+        condition_latents: latent frames that are given; 0 for a hybrid, which is told its class as text.
         video: (F, height, width) in pixels of a whole clip.
         condition_frames: video frames that are given.
         batch: clips generated at once, B.
         dtype: fp32 or fp16, of weights, caches and logits; tokens are int64 and video fp32 always.
         layers, heads, head_dim, vocab: of the generator.
+        text_tokens: of a hybrid's condition; 0 for frame prediction.
+        text_vocab: text token ids of a hybrid.
     """
 
     block: tuple[int, int, int]
@@ -68,6 +70,8 @@ class SystemSpec:
     heads: int
     head_dim: int
     vocab: int
+    text_tokens: int = 0
+    text_vocab: int = 0
 
     @property
     def block_size(self) -> int:
@@ -82,17 +86,44 @@ class SystemSpec:
     @property
     def condition_tokens(self) -> int:
         """P."""
-        return self.condition_latents * prod(self.latent[1:])
+        return self.text_tokens or self.condition_latents * prod(self.latent[1:])
 
     @property
     def capacity(self) -> int:
-        """S: all tokens but the last block, which is never fed back."""
-        return self.clip_tokens - self.block_size
+        """S: all tokens but the last block, which is never fed back.
+
+        A hybrid feeds begin-of-video and L-1 middle-of-video tokens too, as many as it leaves out.
+        """
+        return self.clip_tokens + self.text_tokens if self.hybrid else self.clip_tokens - self.block_size
 
     @property
     def blocks(self) -> int:
-        """Blocks to predict; the prefill gives the first, so steps are one fewer."""
-        return (self.clip_tokens - self.condition_tokens) // self.block_size
+        """Blocks to predict."""
+        return (self.clip_tokens - self.condition_latents * prod(self.latent[1:])) // self.block_size
+
+    @property
+    def steps(self) -> int:
+        """Forward passes that predict, as the paper counts them: one a block, a hybrid's first block one a token."""
+        return self.blocks + (self.block_size - 1) * self.hybrid
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether the model is class-conditional: told a text, and begun token by token."""
+        return self.text_tokens > 0
+
+    @property
+    def code_shift(self) -> int:
+        """The token id of the video tokenizer's token 0: a hybrid's L special tokens and its text come before it."""
+        return self.block_size + self.text_vocab if self.hybrid else 0
+
+    def frames(self, latents: int) -> int:
+        """Video frames of the first so many latent frames: the very first stands alone."""
+        frames, total = self.video[0], self.latent[0]
+        return 1 + (latents - 1) * (frames - 1) // max(1, total - 1)
+
+    def codes(self, tokens: np.ndarray) -> np.ndarray:
+        """The video tokenizer's tokens behind sampled ones; ids that are no video become the nearest that is."""
+        return np.asarray((tokens - self.code_shift).clip(0, self.vocab - self.code_shift - 1))
 
     @property
     def block_text(self) -> str:
@@ -120,26 +151,27 @@ class SystemSpec:
                 *caches,
             ),
             (
-                TensorSpec("logits", self.dtype, (self.batch, self.block_size, self.vocab)),
+                TensorSpec("logits", self.dtype, (self.batch, min(tokens, self.block_size), self.vocab)),
                 *(TensorSpec(f"{c.name}_out", c.dtype, c.shape) for c in caches),
             ),
         )
 
     def generator_graphs(self) -> dict[str, GraphSpec]:
-        """`prefill` and `step`."""
-        return {
-            "prefill": self._stepping("prefill", self.condition_tokens),
-            "step": self._stepping("step", self.block_size),
-        }
+        """`prefill` and `step`, and `step_1`, of one token, with which a hybrid begins."""
+        sizes = {"prefill": self.condition_tokens, "step": self.block_size}
+        if self.hybrid and self.block_size > 1:
+            sizes["step_1"] = 1
+        return {name: self._stepping(name, size) for name, size in sizes.items()}
 
     def tokenizer_graphs(self) -> dict[str, GraphSpec]:
-        """`encode`, of the given frames, and `decode`, to the whole clip; tokens in raster order."""
+        """`encode`, of the given frames if there are any, and `decode`, to the whole clip; tokens in raster order."""
         frames, height, width = self.video
         given = TensorSpec("video", "fp32", (self.batch, 3, self.condition_frames, height, width))
         whole = TensorSpec("video", "fp32", (self.batch, 3, frames, height, width))
         condition = TensorSpec("tokens", "int64", (self.batch, self.condition_tokens))
         clip = TensorSpec("tokens", "int64", (self.batch, self.clip_tokens))
-        return {"encode": GraphSpec("encode", (given,), (condition,)), "decode": GraphSpec("decode", (clip,), (whole,))}
+        encode = {} if self.hybrid else {"encode": GraphSpec("encode", (given,), (condition,))}
+        return encode | {"decode": GraphSpec("decode", (clip,), (whole,))}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the inverse of `from_json`."""

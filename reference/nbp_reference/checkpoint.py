@@ -6,13 +6,14 @@ Pickles are opened with `weights_only=True` and `argparse.Namespace` allowed, no
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nbp_reference.config import TOKENIZERS, BlockShape, ModelConfig, TokenizerConfig
+from nbp_reference.config import TOKENIZERS, BlockShape, ModelConfig, TextCondition, TokenizerConfig
 from nbp_reference.errors import BlockShapeError, CheckpointError
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
@@ -47,16 +48,17 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
 
 
-def bundled(block: BlockShape) -> tuple[NextBlockTransformer, VideoTokenizer]:
-    """The nbp-tiny generator for a block shape and its tokenizer, which come with this package.
+def bundled(block: BlockShape, hybrid: bool = False) -> tuple[NextBlockTransformer, VideoTokenizer]:
+    """The nbp-tiny generator for a block shape, or its hybrid, and their tokenizer, which come with this package.
 
     Raises CheckpointError, listing the shapes that there are, for any other.
     """
-    found = {str(load_config(path).block): path for path in WEIGHTS.glob("generator-*.safetensors")}
+    name = "hybrid" if hybrid else "generator"
+    found = {str(load_config(path).block): path for path in WEIGHTS.glob(f"{name}-*.safetensors")}
     if str(block) not in found:
         there = ", ".join(sorted(found, key=len)) or "none"
         raise CheckpointError(
-            f"no bundled nbp-tiny for block {block}; there are: {there}. --weights random times any other block"
+            f"no bundled nbp-tiny {name} for block {block}; there are: {there}. --weights random times any other block"
         )
     generator, tokenizer = load(found[str(block)]).generator, load(WEIGHTS / "tokenizer.safetensors").tokenizer
     assert generator is not None  # the files are ours
@@ -121,19 +123,33 @@ def _from_lightning(data: Mapping[str, Any], path: Path) -> Checkpoint:
     args = data.get("hyper_parameters", {}).get("args")
     if args is None:
         raise CheckpointError(f"{path}: hyper_parameters.args is missing: the file does not say what model it holds")
-    if getattr(args, "hybrid", False):
-        raise CheckpointError(f"{path} is class-conditional (hybrid); so far frame prediction is supported")
     keys = _stripped(data["state_dict"], "module.")
     state = {k: v for k, v in _stripped(keys, "transformer.", only=True).items() if "mask" not in k}
     state.pop("uncond_embedding", None)  # for classifier-free guidance, which no published result uses
     vocab, width = state["tok_emb.weight"].shape
     positions = state["pos_emb"].shape[1]
     config = ModelConfig(args.n_layer, width, args.n_head, vocab, positions).with_block(str(args.token_number_per_step))
+    if getattr(args, "hybrid", False):
+        config = _hybrid(config, args.cond_token_num, path)
     if width != args.n_embd:
         raise CheckpointError(f"{path}: tok_emb is {width} wide, its own arguments say n_embd={args.n_embd}")
     tokens = _stripped(_stripped(keys, "first_stage_model.", only=True), "module.")
     tokenizer = _filled(VideoTokenizer, TOKENIZERS["official"], tokens, path) if tokens else None
     return Checkpoint(_filled(NextBlockTransformer, config, state, path), tokenizer)
+
+
+def _hybrid(config: ModelConfig, text_tokens: int, path: Path) -> ModelConfig:
+    """The class-conditional model of that size: L special token ids, then text, then video."""
+    special, codes = config.block.size, TOKENIZERS["official"].vocab
+    text = TextCondition(text_tokens, config.vocab - special - codes)
+    if text.vocab < 1:
+        raise CheckpointError(
+            f"{path}: tok_emb.weight has {config.vocab} rows, a hybrid has more: {special} special token ids, "
+            f"its text's (32000 with LLaMA's tokenizer) and {codes} of the video tokenizer"
+        )
+    if text_tokens < 1:
+        raise CheckpointError(f"{path}: a hybrid without text: cond_token_num is {text_tokens}")
+    return replace(config, condition_latents=0, text=text)
 
 
 def _stripped(state: Mapping[str, Tensor], prefix: str, only: bool = False) -> dict[str, Tensor]:

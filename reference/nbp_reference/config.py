@@ -82,18 +82,34 @@ def tiling_shapes(*latents: Latent) -> list[BlockShape]:
 
 
 @dataclass(frozen=True)
+class TextCondition:
+    """How a class-conditional (hybrid) model is told its class: as text, before the video.
+
+    Attributes:
+        tokens: text tokens before every clip.
+        vocab: text token ids.
+        words: the word of each id, the first of them the end token; empty where a tokenizer file is needed.
+    """
+
+    tokens: int = 8
+    vocab: int = 32_000
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The generator's transformer, and the frame-prediction task that it was trained for.
+    """The generator's transformer, and the task that it was trained for.
 
     Attributes:
         layers: transformer blocks, n.
         width: embedding width, C.
         heads: attention heads; the head dimension is width / heads.
-        vocab: token ids, V.
+        vocab: token ids, V; a hybrid's are L special tokens, then text, then video.
         positions: rows of the learned absolute position table.
         latent: the whole clip in tokens.
-        condition_latents: latent frames that are given, the rest is predicted.
+        condition_latents: latent frames that are given, the rest is predicted; 0 for a hybrid.
         block: the block shape that the weights were trained for (16 for every published checkpoint).
+        text: what a hybrid's class is told in; None for frame prediction.
     """
 
     layers: int
@@ -104,6 +120,7 @@ class ModelConfig:
     latent: Latent = Latent(5, 16, 16)
     condition_latents: int = 2
     block: BlockShape = BlockShape(1, 1, 16)
+    text: TextCondition | None = None
 
     @property
     def head_dim(self) -> int:
@@ -122,23 +139,37 @@ class ModelConfig:
 
     @property
     def condition_tokens(self) -> int:
-        """Tokens that are given, and that the prefill reads."""
-        return self.condition_latents * self.frame_tokens
+        """P, the tokens that are given, and that the prefill reads: latent frames, or a hybrid's text."""
+        return self.text.tokens if self.text else self.condition_latents * self.frame_tokens
+
+    @property
+    def codes(self) -> int:
+        """Tokens of the video tokenizer."""
+        return self.vocab - self.code_shift
+
+    @property
+    def code_shift(self) -> int:
+        """The token id of the video tokenizer's token 0: a hybrid's special tokens and text come before it."""
+        return self.block.size + self.text.vocab if self.text else 0
 
     @property
     def capacity(self) -> int:
-        """Cache slots that a generation fills: all tokens but the last block, which is never fed back."""
-        return self.clip_tokens - self.block.size
+        """Cache slots that a generation fills: all tokens but the last block, which is never fed back.
+
+        A hybrid feeds begin-of-video and L-1 middle-of-video tokens too, as many as it leaves out.
+        """
+        return self.clip_tokens + self.text.tokens if self.text else self.clip_tokens - self.block.size
 
     def with_block(self, text: str) -> Self:
-        """The same model for another block, `1x1x16` or a bare size.
+        """The same model for another block, `1x1x16` or a bare size; a hybrid's vocabulary changes with it.
 
         Raises BlockShapeError, listing the shapes that fit, unless it tiles the condition and the prediction.
         """
         block = BlockShape.parse(text, self.latent)
         given, rest = self.condition_latents, self.latent.t - self.condition_latents
-        block.check_tiles(self.latent._replace(t=given), self.latent._replace(t=rest))
-        return replace(self, block=block)
+        block.check_tiles(*(self.latent._replace(t=t) for t in (given, rest) if t))
+        special = block.size - self.block.size if self.text else 0
+        return replace(self, block=block, vocab=self.vocab + special)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the inverse of `from_json`."""
@@ -147,8 +178,15 @@ class ModelConfig:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Build from `to_json`'s values; raises TypeError for unknown or missing names."""
-        latent = Latent(*data["latent"])
-        return cls(**data | {"latent": latent, "block": BlockShape.parse(data["block"], latent)})
+        latent, text = Latent(*data["latent"]), data.get("text")
+        return cls(
+            **data
+            | {
+                "latent": latent,
+                "block": BlockShape.parse(data["block"], latent),
+                "text": TextCondition(**text | {"words": tuple(text["words"])}) if text else None,
+            }
+        )
 
 
 class Stage(NamedTuple):
@@ -211,11 +249,25 @@ class TokenizerConfig:
         )
 
 
+TINY = ModelConfig(layers=5, width=128, heads=4, vocab=1000, positions=1280)
+TINY_TEXT = TextCondition(vocab=8, words=("", "carphone", "bikes", "bunny", "city", "ball", "pedestrians", "tree"))
 MODELS = {
     "nbp-xl": ModelConfig(layers=24, width=1536, heads=16),
     "nbp-xxl": ModelConfig(layers=24, width=2048, heads=32),
     "nbp-3b": ModelConfig(layers=32, width=3072, heads=32),
-    "nbp-tiny": ModelConfig(layers=5, width=128, heads=4, vocab=1000, positions=1280),
+    "nbp-tiny": TINY,
+}
+# Each size also as a class-conditional hybrid, which is told a text and no frames.
+MODELS |= {
+    f"{name}-hybrid": replace(
+        model,
+        vocab=model.vocab + model.block.size + text.vocab,
+        positions=max(model.positions, model.clip_tokens + text.tokens),
+        condition_latents=0,
+        text=text,
+    )
+    for name, model in MODELS.items()
+    for text in [TINY_TEXT if model is TINY else TextCondition()]
 }
 TOKENIZERS = {
     "official": TokenizerConfig(),

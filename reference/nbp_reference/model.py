@@ -36,15 +36,27 @@ def _(cache: Tensor, update: Tensor, cache_pos: Tensor) -> Tensor:  # noqa: ARG0
     return torch.empty_like(cache)
 
 
-def block_mask(query_BT: Tensor, slots: int, block_size: int) -> Tensor:
-    """Which cache slots each query position may see: bool [B,1,T,S], slot j iff ⌊j/L⌋ ≤ ⌊query/L⌋.
+def order_of_sight(position: Tensor, config: ModelConfig) -> Tensor:
+    """Where each position stands in the order of generation: a token sees all that stand no later than itself.
+
+    Frame prediction counts blocks, ⌊position/L⌋. A hybrid has all of its text first, then L single tokens
+    (begin-of-video and the first L-1 of the video), then blocks again. Source: the authors' attention masks.
+    """
+    L = config.block.size
+    # Truncating division is one ONNX Div, floor six nodes; for numbers that are never negative they agree.
+    if not config.text:
+        return torch.div(position, L, rounding_mode="trunc")
+    after_text = (position - config.text.tokens + 1).clamp(min=0)
+    return after_text.clamp(max=L) + torch.div((after_text - 1).clamp(min=0), L, rounding_mode="trunc")
+
+
+def block_mask(query_BT: Tensor, slots: int, config: ModelConfig) -> Tensor:
+    """Which cache slots each query position may see: bool [B,1,T,S].
 
     Bidirectional inside a block, causal between blocks; slots after the query's block are stale or unused.
     """
-    slots_S = torch.arange(slots, device=query_BT.device)
-    # Truncating division is one ONNX Div, floor six nodes; positions are never negative, so they agree.
-    slot_block_S, query_block_BT = (torch.div(x, block_size, rounding_mode="trunc") for x in (slots_S, query_BT))
-    return (slot_block_S <= query_block_BT[..., None])[:, None]
+    slots_S = order_of_sight(torch.arange(slots, device=query_BT.device), config)
+    return (slots_S <= order_of_sight(query_BT, config)[..., None])[:, None]
 
 
 class Attention(nn.Module):
@@ -103,8 +115,9 @@ class NextBlockTransformer(nn.Module):
                 nn.init.constant_(p, float(name.endswith("weight")))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B,T,V] of a whole sequence under the block mask; row i predicts token i+L."""
-        mask = block_mask(torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None], tokens_BT.shape[1], self.L)
+        """Logits [B,T,V] of a whole sequence, as `training_pair` makes it, under the block mask."""
+        query_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        mask = block_mask(query_1T, tokens_BT.shape[1], self.config)
         x_BTC = self.tok_emb(tokens_BT) + self.pos_emb[:, : tokens_BT.shape[1]]
         for layer in cast(Sequence[Any], self.blocks):
             x_BTC = x_BTC + layer.attn.attend(*layer.attn.qkv(layer.ln1(x_BTC)), mask)
@@ -119,20 +132,20 @@ class NextBlockTransformer(nn.Module):
         v_caches: Sequence[Tensor],
         write: CacheWrite = tensor_scatter,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Append whole blocks to the caches and predict the block after them.
+        """Append tokens to the caches and predict those that follow.
 
         Args:
-            tokens_BT: int64, whole blocks: L in a step, the condition in a prefill.
-            cache_pos_B: int64, tokens already in the cache, a multiple of L.
+            tokens_BT: int64, a block in a step, the condition in a prefill; a hybrid's first L after its text singly.
+            cache_pos_B: int64, tokens already in the cache.
             k_caches: one [B,N,S,D] a layer; slots from cache_pos on may hold anything finite.
             v_caches: likewise.
             write: how a cache takes new rows; pure by default, `tensor_scatter_` where the caller owns the buffers.
 
         Returns:
-            Logits [B,L,V] of the last L tokens, and the caches with T more rows.
+            Logits [B,L,V] of the last L tokens, or of all if there are fewer, and the caches with T more rows.
         """
         query_BT = cache_pos_B[:, None] + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        mask = block_mask(query_BT, k_caches[0].shape[2], self.L)
+        mask = block_mask(query_BT, k_caches[0].shape[2], self.config)
         x_BTC = self.tok_emb(tokens_BT) + F.embedding(query_BT, self.pos_emb.squeeze(0))
         k_out, v_out = [], []
         for layer, k_cache, v_cache in zip(cast(Sequence[Any], self.blocks), k_caches, v_caches, strict=True):
@@ -153,3 +166,26 @@ class NextBlockTransformer(nn.Module):
         shape = (batch, self.config.heads, self.config.capacity, self.config.head_dim)
         k, v = ([self.pos_emb.new_zeros(shape) for _ in self.blocks] for _ in "kv")
         return k, v
+
+
+def training_pair(tokens_BT: Tensor, config: ModelConfig, text_BP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the model reads and what the last of its logits should predict.
+
+    Frame prediction reads z[:-L] for z[L:]. A hybrid reads its text, begin-of-video, z1..zL, the middle-of-video
+    tokens and z(L+1).. but for the last block; from begin-of-video on its logits are those of z1, z2, ..
+
+    Args:
+        tokens_BT: tokens of whole clips from the video tokenizer, int64, in block order.
+        config: of the model.
+        text_BP: a hybrid's text tokens, int64.
+
+    Returns:
+        Token ids [B,S], and [B,T-L] or a hybrid's [B,T].
+    """
+    L = config.block.size
+    if text_BP is None or not config.text:
+        return tokens_BT[:, :-L], tokens_BT[:, L:]
+    z_BT = tokens_BT + config.code_shift
+    special_BL = torch.arange(L, device=tokens_BT.device).expand(len(tokens_BT), L)
+    parts = (text_BP + L, special_BL[:, :1], z_BT[:, :L], special_BL[:, 1:], z_BT[:, L:-L])
+    return torch.cat(parts, 1)[:, : config.capacity], z_BT

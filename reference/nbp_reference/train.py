@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbp_reference import checkpoint, clips
-from nbp_reference.config import MODELS, TOKENIZERS
-from nbp_reference.model import NextBlockTransformer
+from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
+from nbp_reference.model import NextBlockTransformer, training_pair
 from nbp_reference.tokenizer import CausalConv3d, DepthToSpace, FrameGroupNorm, ResidualUnit, VideoTokenizer
 
 SIDE = 128  # pixels
@@ -59,9 +60,14 @@ def to_video(frames: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(frames)).transpose(1, 2).float() / 255
 
 
+def centred_windows(videos: list[np.ndarray], stride: int) -> list[list[np.ndarray]]:
+    """Centred 128×128 windows of each video."""
+    return [clips.windows(clips.centre(video, SIDE), FRAMES, stride) for video in videos]
+
+
 def held_out_windows(stride: int = 8) -> list[np.ndarray]:
     """Centred 128×128 windows of the held-out parts."""
-    return [w for video in parts()[1] for w in clips.windows(clips.centre(video, SIDE), FRAMES, stride)]
+    return list(chain(*centred_windows(parts()[1], stride)))
 
 
 def random_window(videos: list[np.ndarray], rng: np.random.Generator, frames: int, side: int) -> np.ndarray:
@@ -238,6 +244,30 @@ def tokenizer(out: Path, steps: int, seed: int) -> None:
     click.echo(f"held-out PSNR {reached:.2f} dB; k-means of block means at equal bits {floor:.2f} dB")
 
 
+def class_tokens(model: VideoTokenizer, out: Path, config: ModelConfig) -> list[tuple[Tensor, Tensor]]:
+    """Train and held-out tokens int64 [windows,1280] with the text [windows,P] that names each one's clip; made once.
+
+    Windows are centred and not mirrored: a model this small learns few pictures, and each clip should be one.
+    """
+    file = out / "class-tokens.npz"
+    assert config.text is not None
+    if not file.exists():
+        made: dict[str, Any] = {}
+        for name, videos in zip(("train", "held"), parts(), strict=True):
+            groups = centred_windows(videos, stride=2)
+            ids = [config.text.words.index(clip) for clip in clips.CLIPS]
+            made[name] = encode_all(model, list(chain(*groups))).numpy().astype(np.int16)
+            made[f"{name}_class"] = np.repeat(ids, [len(group) for group in groups])
+        np.savez_compressed(file, **made)
+    saved = np.load(file)
+    pairs = []
+    for name in ("train", "held"):
+        text = torch.zeros(len(saved[name]), config.text.tokens, dtype=torch.long)
+        text[:, 0] = torch.from_numpy(saved[f"{name}_class"])
+        pairs.append((torch.from_numpy(saved[name]).long(), text))
+    return pairs
+
+
 def training_tokens(model: VideoTokenizer, out: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Train and held-out tokens int64 [windows,1280], made once a run."""
     file = out / "tokens.npz"
@@ -250,9 +280,9 @@ def training_tokens(model: VideoTokenizer, out: Path, count: int, seed: int) -> 
     return torch.from_numpy(saved["train"]).long(), torch.from_numpy(saved["held"]).long()
 
 
-def batches(tokens: Tensor, size: int, seed: int, step: int) -> Tensor:
-    """A random batch [size, T] of the rows."""
-    return tokens[torch.from_numpy(np.random.default_rng((seed, step)).integers(0, len(tokens), size))]
+def batch(rows: int, size: int, seed: int, step: int) -> Tensor:
+    """Which of the rows make up a step's batch, int64 [size]."""
+    return torch.from_numpy(np.random.default_rng((seed, step)).integers(0, rows, size))
 
 
 @main.command()
@@ -260,39 +290,47 @@ def batches(tokens: Tensor, size: int, seed: int, step: int) -> Tensor:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Folder of the run.")
 @click.option("--steps", default=600)
 @click.option("--windows", default=1200, help="Random windows in the training set.")
+@click.option("--hybrid", is_flag=True, help="Class-conditional: told the name of a clip, given no frames.")
 @click.option("--seed", default=0)
-def generator(block: str, out: Path, steps: int, windows: int, seed: int) -> None:
+def generator(block: str, out: Path, steps: int, windows: int, hybrid: bool, seed: int) -> None:
     """The generator of one block shape, on the tokens of the trained tokenizer."""
-    config = MODELS["nbp-tiny"].with_block(block)
+    config = MODELS["nbp-tiny-hybrid" if hybrid else "nbp-tiny"].with_block(block)
     eyes = checkpoint.load(out / "tokenizer.safetensors").tokenizer
     if eyes is None:
         raise click.ClickException(f"no tokenizer in {out}: run `python -m nbp_reference.train tokenizer --out {out}`")
-    train, held = (
-        part[:, config.block.order(config.latent)] for part in training_tokens(eyes.eval(), out, windows, seed)
-    )
+    order = config.block.order(config.latent)
+    if hybrid:
+        (train, text), (held, held_text) = class_tokens(eyes.eval(), out, config)
+    else:
+        (train, held), text, held_text = training_tokens(eyes.eval(), out, windows, seed), None, None
+    train, held = train[:, order], held[:, order]
     model = NextBlockTransformer(config)
     model.reset(seed)
-    L = config.block.size
 
-    def cross_entropy(tokens: Tensor) -> Tensor:
-        logits = model(tokens[:, :-L])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, L:].flatten())
+    def cross_entropy(tokens: Tensor, text: Tensor | None, rows: Tensor) -> Tensor:
+        read, target = training_pair(tokens[rows], config, text[rows] if text is not None else None)
+        logits = model(read)[:, -target.shape[1] :]
+        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
 
     def held_out(every: int = 4) -> float:
-        return float(np.mean([cross_entropy(rows).item() for rows in held[::every].split(4)]))
+        rows = torch.arange(0, len(held), every)
+        return float(np.mean([cross_entropy(held, held_text, part).item() for part in rows.split(4)]))
 
+    run = out / f"{'hybrid' if hybrid else 'generator'}-{config.block.size}"
     fit(
         model,
-        lambda step: cross_entropy(batches(train, 4, seed, step)),
+        lambda step: cross_entropy(train, text, batch(len(train), 4, seed, step)),
         held_out,
         Schedule(steps, rate=1.5e-3),
-        out / f"generator-{L}",
+        run,
     )
-    checkpoint.save(model, out / f"generator-{L}.safetensors")
+    checkpoint.save(model, run.with_suffix(".safetensors"))
     with torch.inference_mode():
         loss = held_out(every=1)
-    entropy = unigram_entropy(held[:, L:])
-    click.echo(f"L={L}: held-out loss {loss:.3f} nats, unigram entropy {entropy:.3f}: {1 - loss / entropy:.1%} below")
+    entropy = unigram_entropy(held if hybrid else held[:, config.block.size :])
+    click.echo(
+        f"{run.name}: held-out loss {loss:.3f} nats, unigram entropy {entropy:.3f}: {1 - loss / entropy:.1%} below"
+    )
 
 
 if __name__ == "__main__":

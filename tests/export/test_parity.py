@@ -21,6 +21,7 @@ from nbp_export.graphs import graph_module, trace
 from nbp_export.onnx_bundle import export
 from nbp_export.parity import Check, ParityError, check_bundle, compare, step_positions
 from nbp_reference import model as reference
+from nbp_reference.config import ModelConfig
 from nbp_reference.tokenizer import FSQ, CausalConv3d, VideoTokenizer
 from tests.export.support import Exported, source
 
@@ -75,8 +76,8 @@ def test_steps_are_checked_at_both_ends_and_between(
 def mask_with(see: Callable[[Tensor, Tensor, int, int], Tensor]) -> Iterator[None]:
     """A mask by another rule: slots [S] and queries [B,T,1], L and T → what is seen."""
 
-    def mask(query_BT: Tensor, slots: int, block_size: int) -> Tensor:
-        return see(torch.arange(slots), query_BT[..., None], block_size, query_BT.shape[1])[:, None]
+    def mask(query_BT: Tensor, slots: int, config: ModelConfig) -> Tensor:
+        return see(torch.arange(slots), query_BT[..., None], config.block.size, query_BT.shape[1])[:, None]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "block_mask", mask)

@@ -192,7 +192,7 @@ def test_a_long_list_of_misfits_is_cut(generator: NextBlockTransformer, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hybrid": True}, r"class-conditional \(hybrid\)"),
+        ({"hybrid": True}, "tok_emb.weight has 50 rows, a hybrid has more: 16 special"),
         ({"n_embd": 64}, "tok_emb is 32 wide, its own arguments say n_embd=64"),
         ({"token_number_per_step": 3}, "block 1x1x3 does not tile"),
         ({"token_number_per_step": None}, "block 'None' is neither"),

@@ -1,12 +1,23 @@
 """The generator: sizes, mask, caches."""
 
+from math import prod
+
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from nbp_reference.config import MODELS
-from nbp_reference.model import CacheWrite, NextBlockTransformer, block_mask, tensor_scatter, tensor_scatter_
-from tests.support import small_generator
+from nbp_reference.config import MODELS, BlockShape, Latent, ModelConfig, TextCondition
+from nbp_reference.model import (
+    CacheWrite,
+    NextBlockTransformer,
+    block_mask,
+    tensor_scatter,
+    tensor_scatter_,
+    training_pair,
+)
+from tests.support import filled, golden_hybrid, small_generator
 
 # One token, part of a row, a row, a square, a frame, and blocks two frames deep.
 BLOCKS = ["1x1x1", "1x1x2", "1x1x4", "1x2x2", "1x4x4", "2x1x2", "2x2x2", "2x4x4"]
@@ -16,26 +27,42 @@ BLOCKS = ["1x1x1", "1x1x2", "1x1x4", "1x2x2", "1x4x4", "2x1x2", "2x2x2", "2x4x4"
     ("name", "vocab", "parameters"),
     [
         ("nbp-xl", 64_000, 884_431_872),
-        ("nbp-xl", 96_016, 982_785_024),
+        ("nbp-xl-hybrid", 96_016, 982_785_024),
         ("nbp-xxl", 64_000, 1_481_232_384),
-        ("nbp-xxl", 96_016, 1_612_369_920),
+        ("nbp-xxl-hybrid", 96_016, 1_612_369_920),
         ("nbp-3b", 64_000, 4_034_107_392),
-        ("nbp-3b", 96_016, 4_230_813_696),
+        ("nbp-3b-hybrid", 96_016, 4_230_813_696),
     ],
 )
 def test_parameter_counts_are_the_published_models(name: str, vocab: int, parameters: int) -> None:
-    config = MODELS[name]
+    assert MODELS[name].vocab == vocab
     with torch.device("meta"):
-        model = NextBlockTransformer(type(config)(config.layers, config.width, config.heads, vocab))
+        model = NextBlockTransformer(MODELS[name])
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_block_mask_is_the_papers_formula(size: int) -> None:
-    mask = block_mask(torch.tensor([[0, 1, 5, 8], [3, 4, 11, 2]]), 12, size)
+    config = ModelConfig(1, 8, 1, latent=Latent(2, 2, 12), block=BlockShape(1, 1, size))
+    mask = block_mask(torch.tensor([[0, 1, 5, 8], [3, 4, 11, 2]]), 12, config)
     assert mask.shape == (2, 1, 4, 12)
     expected = [[[[j // size <= i // size for j in range(12)] for i in row]] for row in ([0, 1, 5, 8], [3, 4, 11, 2])]
     assert mask.tolist() == expected
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_the_hybrids_mask_is_the_papers_formula(size: int) -> None:
+    P, L = 8, size
+    config = ModelConfig(1, 8, 1, condition_latents=0, block=BlockShape(1, 1, size), text=TextCondition(P, 9))
+
+    def block_of(i: int) -> int:
+        return (i - P - L) // L
+
+    def seen(i: int, j: int) -> bool:
+        return j < P or j <= i or (i >= P + L and j >= P + L and block_of(j) <= block_of(i))
+
+    mask = block_mask(torch.arange(40)[None], 40, config)
+    assert mask[0, 0].tolist() == [[seen(i, j) for j in range(40)] for i in range(40)]
 
 
 @pytest.mark.parametrize("block", ["1x1x1", "1x1x4", "2x2x2"])
@@ -71,6 +98,55 @@ def test_cached_steps_equal_the_full_forward_whatever_unused_slots_hold(block: s
         torch.testing.assert_close(logits, full[:, position - step : position], atol=1e-4, rtol=1e-4)
         start, position = position, position + step
     assert start == config.capacity
+
+
+SIDES = st.integers(1, 3)
+
+
+@given(st.tuples(SIDES, SIDES, SIDES), st.tuples(SIDES, SIDES, SIDES), st.booleans(), st.integers(1, 3))
+@settings(max_examples=60)
+@torch.inference_mode()
+def test_cached_steps_equal_the_full_forward_for_every_shape_that_tiles(
+    block: tuple[int, int, int], counts: tuple[int, int, int], hybrid: bool, prefix: int
+) -> None:
+    """Latents of up to 9x9x9 in blocks of any shape, trained on in one pass and generated step by step."""
+    latent = Latent(*(b * n for b, n in zip(block, counts, strict=True)))
+    given_latents = 0 if hybrid else block[0] * (counts[0] // 2)
+    assume(hybrid or given_latents)
+    text = TextCondition(prefix, 5) if hybrid else None
+    shape = BlockShape(*block)
+    vocab = 11 + (shape.size + 5 if hybrid else 0)
+    config = ModelConfig(2, 16, 2, vocab, prod(latent) + prefix, latent, given_latents, shape, text)
+    assert config.with_block(str(shape)) == config
+    model = filled(NextBlockTransformer(config))
+    rng = torch.Generator().manual_seed(3)
+    tokens = torch.randint(config.codes, (2, config.clip_tokens), generator=rng)
+    ids = torch.randint(5, (2, prefix), generator=rng) if hybrid else None
+    read, target = training_pair(tokens, config, ids)
+    full = model(read)
+    k, v = garbage_caches(model, batch=2)
+    first = config.condition_tokens
+    lengths = [first] + [1] * shape.size * hybrid
+    lengths += [shape.size] * ((read.shape[1] - sum(lengths)) // shape.size)
+    assert read.shape[1] == sum(lengths) == config.capacity
+    assert target.shape[1] == (config.clip_tokens if hybrid else config.clip_tokens - shape.size)
+    start, logits = 0, []
+    for n in lengths:
+        out, k, v = model.block_step(read[:, start : start + n], torch.full((2,), start), k, v, write=tensor_scatter_)
+        logits.append(out)
+        start += n
+    due = full[:, first:] if hybrid else full[:, first - shape.size :]
+    torch.testing.assert_close(torch.cat(logits[1:] if hybrid else logits, 1), due, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hybrid_reads_its_text_special_tokens_and_all_but_the_last_block() -> None:
+    config = golden_hybrid().config
+    tokens = torch.arange(1280)[None] % 200
+    read, target = training_pair(tokens, config, torch.arange(8)[None])
+    z = [64 + t % 200 for t in range(1280)]
+    assert read[0].tolist() == [4 + i for i in range(8)] + [0, *z[:4], 1, 2, 3, *z[4:-4]]
+    assert target[0].tolist() == z
+    assert read.shape[1] == config.capacity == 1288
 
 
 @pytest.mark.parametrize("block", ["1x1x1", "1x1x4", "2x2x2"])

@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from nbp_reference import checkpoint, train
-from nbp_reference.config import TOKENIZERS
+from nbp_reference import checkpoint, clips, train
+from nbp_reference.config import MODELS, TOKENIZERS
 from nbp_reference.tokenizer import VideoTokenizer
 from tests.support import filled
 
@@ -134,13 +134,19 @@ def test_kmeans_psnr_is_that_of_the_best_colours() -> None:
     assert train.kmeans_psnr([dark, light], [dark, light], codes=1) == pytest.approx(-20 * math.log10(0.2))
 
 
-def test_batches_are_rows_drawn_by_seed_and_step() -> None:
-    tokens = torch.arange(40).view(20, 2)
-    draw = train.batches(tokens, 8, seed=1, step=2)
-    assert draw.shape == (8, 2)
-    assert (draw[:, 1] - draw[:, 0] == 1).all()
-    assert torch.equal(draw, train.batches(tokens, 8, seed=1, step=2))
-    assert not torch.equal(draw, train.batches(tokens, 8, seed=1, step=3))
+def test_batches_are_drawn_by_seed_and_step() -> None:
+    draw = train.batch(20, 8, seed=1, step=2)
+    assert draw.shape == (8,)
+    assert 0 <= draw.min() <= draw.max() < 20
+    assert torch.equal(draw, train.batch(20, 8, seed=1, step=2))
+    assert not torch.equal(draw, train.batch(20, 8, seed=1, step=3))
+
+
+def test_the_tiny_hybrids_words_are_the_clips() -> None:
+    text = MODELS["nbp-tiny-hybrid"].text
+    assert text is not None
+    assert text.words == ("", *clips.CLIPS)
+    assert len(text.words) <= text.vocab
 
 
 @pytest.mark.slow
@@ -152,7 +158,8 @@ def test_the_commands_make_weights_that_load(tmp_path: Path, monkeypatch: pytest
     early = CliRunner().invoke(train.main, generator)
     assert early.exit_code == 1
     assert "train tokenizer" in early.output or "is not a file" in early.output
-    for command in (["tokenizer", "--out", str(tmp_path), "--steps", "2"], generator):
+    monkeypatch.setattr(clips, "CLIPS", ["carphone"])
+    for command in (["tokenizer", "--out", str(tmp_path), "--steps", "2"], generator, [*generator, "--hybrid"]):
         done = CliRunner().invoke(train.main, command, catch_exceptions=False)
         assert done.exit_code == 0, done.output
     assert "below" in done.output
@@ -160,6 +167,10 @@ def test_the_commands_make_weights_that_load(tmp_path: Path, monkeypatch: pytest
     loaded = checkpoint.load(tmp_path / "generator-256.safetensors").generator
     assert loaded is not None
     assert loaded.config.block.size == 256
+    loaded = checkpoint.load(tmp_path / "hybrid-256.safetensors").generator
+    assert loaded is not None
+    assert loaded.config.text is not None
+    assert loaded.config.vocab == 256 + 8 + 1000
 
 
 def test_shrinking_to_fp16_changes_the_scale_and_nothing_else() -> None:
