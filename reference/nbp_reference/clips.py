@@ -4,16 +4,27 @@ Shape legend: F frames, H×W pixels. Video is uint8 [F,3,H,W].
 """
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, files
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from nbp_reference.errors import ReferenceError
 
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
 TRAIN_SHARE = 0.65  # of the frames, from the start
 GAP = 17  # frames between the parts: one whole clip, so that nothing straddles
+SEEK_MARGIN = 10.0  # seconds: program streams land behind the time that was asked for, by a group of pictures or so
+UNKNOWN_RATE = Fraction(25)
 
 
 class Clip(NamedTuple):
@@ -59,10 +70,46 @@ def find(name: str) -> Path:
     raise ReferenceError(f"clip {name!r} ({clip.path}) is not here: {clip.install}, or set NBP_CLIPS to its folder")
 
 
-def read(path: Path, side: int) -> np.ndarray:
-    """Decode a video, scaled so that its shorter side is `side` pixels: uint8 [F,3,H,W].
+class Footage(NamedTuple):
+    """Consecutive frames of a file, scaled.
 
-    Raises ReferenceError if PyAV is missing or cannot read the file.
+    Attributes:
+        frames: uint8 [F,3,H,W], upright.
+        size: width and height before scaling.
+        filmed_rate: frames a second in the file; where that varies, the mean over the frames that were read.
+        rate: frames a second of `frames`.
+        resampled: whether frames were left out or repeated to keep that rate.
+        turned: degrees, counterclockwise, that stored frames were turned by to stand upright.
+        start: where in the file the first frame is, in seconds.
+        seconds: how long the file is; None where it does not say.
+    """
+
+    frames: np.ndarray
+    size: tuple[int, int]
+    filmed_rate: Fraction
+    rate: Fraction
+    resampled: bool
+    turned: int
+    start: float
+    seconds: float | None
+
+
+def read(path: Path, side: int) -> np.ndarray:
+    """All frames of a video as they are stored, the shorter side scaled to `side` pixels: uint8 [F,3,H,W].
+
+    Raises ReferenceError as `footage` does.
+    """
+    return footage(path, side).frames
+
+
+def footage(
+    path: Path, side: int, count: int | None = None, start: float = 0.0, rate: Fraction | None = None
+) -> Footage:
+    """Decode a video from `start` seconds on, all of it or `count` frames, its shorter side scaled to `side` pixels.
+
+    Resampled if `rate`, frames a second, is another than the file's, or if `count` frames of it are uneven in time.
+
+    Raises ReferenceError if PyAV is missing or cannot read the file, or if it holds no frames there.
     """
     try:
         import av
@@ -70,18 +117,105 @@ def read(path: Path, side: int) -> np.ndarray:
         raise ReferenceError("reading video needs PyAV: pip install av") from None
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ReferenceError(f"{path} holds no video")
             stream = container.streams.video[0]
+            if not (stream.codec_context and stream.width and stream.height):
+                raise ReferenceError(f"{path} holds no readable video: its codec or picture size is unknown")
+            seconds = _seconds(container, stream)
             scale = side / min(stream.width, stream.height)
             width, height = (max(side, round(n * scale)) for n in (stream.width, stream.height))
-            frames = [
-                frame.reformat(width, height, format="rgb24", interpolation="AREA").to_ndarray()
-                for frame in container.decode(stream)
+            frames = _decoded(container, stream, start)
+            head = list(islice(frames, count or 1))
+            if not head:
+                where = f" from {start:g} s on" if start else ""
+                lasts = f": it lasts {seconds:.1f} s" if seconds else ""
+                raise ReferenceError(f"{path} holds no video frames{where}{lasts}")
+            begin, turned = _time(head[0]), round(head[0].rotation / 90) * 90
+            filmed_rate, even = _pace([_time(frame) for frame in head], _declared_rate(stream))
+            frames = chain(head, frames)
+            if resampled := not even or rate not in (None, filmed_rate):
+                frames = _resampled(frames, stream, rate or filmed_rate)
+            images = [
+                np.rot90(frame.reformat(width, height, format="rgb24", interpolation="AREA").to_ndarray(), turned // 90)
+                for frame in islice(frames, count)
             ]
-    except (av.FFmpegError, IndexError) as error:
-        raise ReferenceError(f"{path} holds no readable video: {error}") from error
-    if not frames:
-        raise ReferenceError(f"{path} holds no video frames")
-    return np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))
+    except av.FFmpegError as error:
+        raise ReferenceError(f"{path} holds no readable video: {error.strerror}") from error
+    return Footage(
+        np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)),
+        (stream.height, stream.width) if turned % 180 else (stream.width, stream.height),
+        filmed_rate,
+        rate or filmed_rate,
+        resampled,
+        turned,
+        float(begin),
+        seconds,
+    )
+
+
+def _declared_rate(stream: "VideoStream") -> Fraction:
+    return stream.average_rate or stream.guessed_rate or UNKNOWN_RATE
+
+
+def _seconds(container: "InputContainer", stream: "VideoStream") -> float | None:
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return container.duration / 1e6 if container.duration else None
+
+
+def _time(frame: "VideoFrame") -> Fraction:
+    """Seconds since the stream began."""
+    assert frame.pts is not None  # `_decoded` sets both
+    assert frame.time_base is not None
+    return frame.pts * frame.time_base
+
+
+def _decoded(container: "InputContainer", stream: "VideoStream", start: float) -> "Iterator[VideoFrame]":
+    """The frames from `start` seconds on, timed from the stream's beginning."""
+    from av import FFmpegError
+
+    tick, origin = stream.time_base or Fraction(1, 90_000), stream.start_time or 0
+    if start > SEEK_MARGIN:
+        with suppress(FFmpegError):  # what cannot be sought in is decoded from its beginning
+            container.seek(origin + int((start - SEEK_MARGIN) / tick), stream=stream)
+    for index, frame in enumerate(container.decode(stream)):
+        # A raw stream has no clock but its rate.
+        frame.pts = round(index / _declared_rate(stream) / tick) if frame.pts is None else frame.pts - origin
+        frame.time_base = tick
+        if (frame.pts + 0.5) * tick >= start:
+            yield frame
+
+
+def _pace(times: Sequence[Fraction], declared: Fraction) -> tuple[Fraction, bool]:
+    """Frames a second, and whether no frame is nearer to another's place than to its own.
+
+    The declared rate counts where it is about right: some files round their times to milliseconds, and some declare a
+    rate that they do not keep.
+    """
+    if len(times) < 2 or times[-1] <= times[0]:
+        return declared, True
+    mean = (len(times) - 1) / (times[-1] - times[0])
+    even = all(abs((time - times[0]) * mean - place) < 0.5 for place, time in enumerate(times))
+    return declared if abs(declared / mean - 1) < 0.02 else mean.limit_denominator(1001), even
+
+
+def _resampled(frames: "Iterator[VideoFrame]", stream: "VideoStream", rate: Fraction) -> "Iterator[VideoFrame]":
+    """Frames at a constant rate from the first one's time on: for each moment, the nearest."""
+    import av
+
+    graph = av.filter.Graph()
+    source = graph.add_buffer(template=stream, time_base=stream.time_base)
+    graph.link_nodes(source, graph.add("fps", f"fps={rate}:start_time=0"), graph.add("buffersink")).configure()
+    first = None
+    for frame in chain(frames, [None]):
+        if frame is not None and frame.pts is not None:
+            first = frame.pts if first is None else first
+            frame.pts -= first
+        graph.vpush(frame)
+        with suppress(av.BlockingIOError, av.EOFError):  # nothing yet, or nothing more
+            while True:
+                yield graph.vpull()
 
 
 def split(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
