@@ -43,11 +43,10 @@ def order_of_sight(position: Tensor, config: ModelConfig) -> Tensor:
     (begin-of-video and the first L-1 of the video), then blocks again. Source: the authors' attention masks.
     """
     L = config.block.size
-    # Truncating division is one ONNX Div, floor six nodes; for numbers that are never negative they agree.
     if not config.text:
-        return torch.div(position, L, rounding_mode="trunc")
+        return position // L
     after_text = (position - config.text.tokens + 1).clamp(min=0)
-    return after_text.clamp(max=L) + torch.div((after_text - 1).clamp(min=0), L, rounding_mode="trunc")
+    return after_text.clamp(max=L) + (after_text - 1).clamp(min=0) // L
 
 
 def block_mask(query_BT: Tensor, slots: int, config: ModelConfig) -> Tensor:
@@ -55,8 +54,9 @@ def block_mask(query_BT: Tensor, slots: int, config: ModelConfig) -> Tensor:
 
     Bidirectional inside a block, causal between blocks; slots after the query's block are stale or unused.
     """
-    slots_S = order_of_sight(torch.arange(slots, device=query_BT.device), config)
-    return (slots_S <= order_of_sight(query_BT, config)[..., None])[:, None]
+    order_S = order_of_sight(torch.arange(slots, device=query_BT.device), config)
+    # A look-up, because in a graph the order is a constant and this one node, where its formula would be a dozen.
+    return (order_S <= F.embedding(query_BT, order_S[:, None]))[:, None]
 
 
 class Attention(nn.Module):
