@@ -135,7 +135,7 @@ def footage(
             filmed_rate, even = _pace([_time(frame) for frame in head], _declared_rate(stream))
             frames = chain(head, frames)
             if resampled := not even or rate not in (None, filmed_rate):
-                frames = _resampled(frames, stream, rate or filmed_rate)
+                frames = _resampled(frames, stream, filmed_rate, rate or filmed_rate)
             images = [
                 np.rot90(frame.reformat(width, height, format="rgb24", interpolation="AREA").to_ndarray(), turned // 90)
                 for frame in islice(frames, count)
@@ -158,9 +158,13 @@ def _declared_rate(stream: "VideoStream") -> Fraction:
     return stream.average_rate or stream.guessed_rate or UNKNOWN_RATE
 
 
+def _tick(stream: "VideoStream") -> Fraction:
+    return stream.time_base or Fraction(1, 90_000)
+
+
 def _seconds(container: "InputContainer", stream: "VideoStream") -> float | None:
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
+    if stream.duration is not None:
+        return float(stream.duration * _tick(stream))
     return container.duration / 1e6 if container.duration else None
 
 
@@ -175,8 +179,8 @@ def _decoded(container: "InputContainer", stream: "VideoStream", start: float) -
     """The frames from `start` seconds on, timed from the stream's beginning."""
     from av import FFmpegError
 
-    tick, origin = stream.time_base or Fraction(1, 90_000), stream.start_time or 0
-    if start > SEEK_MARGIN:
+    tick, origin = _tick(stream), stream.start_time or 0
+    if start > SEEK_MARGIN and stream.start_time is not None:
         with suppress(FFmpegError):  # what cannot be sought in is decoded from its beginning
             container.seek(origin + int((start - SEEK_MARGIN) / tick), stream=stream)
     for index, frame in enumerate(container.decode(stream)):
@@ -200,18 +204,24 @@ def _pace(times: Sequence[Fraction], declared: Fraction) -> tuple[Fraction, bool
     return declared if abs(declared / mean - 1) < 0.02 else mean.limit_denominator(1001), even
 
 
-def _resampled(frames: "Iterator[VideoFrame]", stream: "VideoStream", rate: Fraction) -> "Iterator[VideoFrame]":
-    """Frames at a constant rate from the first one's time on: for each moment, the nearest."""
+def _resampled(
+    frames: "Iterator[VideoFrame]", stream: "VideoStream", filmed_rate: Fraction, rate: Fraction
+) -> "Iterator[VideoFrame]":
+    """Frames at a constant rate from the first one's time on: what a viewer sees at each moment.
+
+    Times count as a quarter of a frame earlier than they are, so that none is a moment late for having been rounded.
+    """
     import av
 
     graph = av.filter.Graph()
-    source = graph.add_buffer(template=stream, time_base=stream.time_base)
-    graph.link_nodes(source, graph.add("fps", f"fps={rate}:start_time=0"), graph.add("buffersink")).configure()
-    first = None
+    source = graph.add_buffer(template=stream, time_base=_tick(stream))
+    graph.link_nodes(source, graph.add("fps", f"fps={rate}:round=up"), graph.add("buffersink")).configure()
+    begin = None
     for frame in chain(frames, [None]):
-        if frame is not None and frame.pts is not None:
-            first = frame.pts if first is None else first
-            frame.pts -= first
+        if frame is not None:
+            begin = _time(frame) if begin is None else begin
+            early = _time(frame) - begin - 1 / (4 * filmed_rate)
+            frame.pts = max(0, round(early / _tick(stream)))
         graph.vpush(frame)
         with suppress(av.BlockingIOError, av.EOFError):  # nothing yet, or nothing more
             while True:

@@ -1,6 +1,8 @@
 """Finding, reading and splitting video."""
 
 import sys
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -28,6 +30,45 @@ def write(path: Path, width: int, height: int) -> Path:
     return path
 
 
+def film(
+    path: Path,
+    frames: int = 20,
+    size: tuple[int, int] = (32, 24),
+    rate: Fraction | int = 10,
+    times: Sequence[int] | None = None,
+    codec: str = "libx264",
+    turned: int | None = None,
+) -> Path:
+    """A video of grey frames, ever lighter (see `brightness`), black in the lower left, at times in milliseconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options={"crf": "1"} if codec == "libx264" else {"qmax": "2"})
+        assert isinstance(stream, av.VideoStream)
+        (stream.width, stream.height), stream.pix_fmt, stream.gop_size = size, "yuv420p", 8
+        if times is not None:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        if turned is not None:
+            stream.set_display_rotation(turned)
+        for i in range(frames):
+            image = np.full((size[1], size[0], 3), level(i), np.uint8)
+            image[size[1] // 2 :, : size[0] // 2] = 0
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def level(i: int) -> int:
+    """The brightness of a film's frame; it begins anew after 20."""
+    return 30 + 11 * (i % 20)
+
+
+def shown(video: np.ndarray) -> list[int]:
+    """Which of a film's first twenty frames each of these is, [F,3,H,W]."""
+    return [round((float(frame[:, 0].mean()) - 30) / 11) for frame in video]
+
+
 @pytest.mark.parametrize(("width", "height", "shape"), [(64, 48, (24, 32)), (48, 64, (32, 24)), (24, 24, (24, 24))])
 def test_read_scales_the_shorter_side(width: int, height: int, shape: tuple[int, int], tmp_path: Path) -> None:
     video = clips.read(write(tmp_path / "a.mkv", width, height), side=24)
@@ -40,9 +81,111 @@ def test_read_scales_the_shorter_side(width: int, height: int, shape: tuple[int,
 
 def test_read_refuses_what_is_no_video(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    path.write_bytes(b"not a video" * 100)
-    with pytest.raises(ReferenceError, match=r"a\.mp4 holds no readable video"):
-        clips.read(path, side=24)
+    for content in (b"not a video" * 100, b"", film(tmp_path / "b.mp4").read_bytes()[:500]):
+        path.write_bytes(content)
+        with pytest.raises(ReferenceError, match=r"a\.mp4 holds no readable video: Invalid data"):
+            clips.read(path, side=24)
+    with pytest.raises(ReferenceError, match="holds no readable video: Is a directory"):
+        clips.read(tmp_path, side=24)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.h264", "a.mpg"])
+@pytest.mark.parametrize("start", [0.0, 0.4, 14.0])
+def test_a_part_is_what_the_whole_has_there(name: str, start: float, tmp_path: Path) -> None:
+    mpeg1 = name.endswith("mpg")
+    path = film(tmp_path / name, frames=400, rate=25, codec="mpeg1video" if mpeg1 else "libx264")
+    whole = clips.read(path, side=24)
+    assert len(whole) == 400
+    part = clips.footage(path, 24, count=6, start=start)
+    first = round(start * 25)
+    assert part.start == pytest.approx(first / 25, abs=1e-3)
+    assert part.rate == part.filmed_rate == 25
+    assert not part.resampled
+    assert np.array_equal(part.frames, whole[first : first + 6])
+    assert shown(part.frames) == [(first + i) % 20 for i in range(6)]
+
+
+def test_what_is_not_needed_is_not_decoded(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.mp4", frames=600, rate=10)
+    intact = [clips.footage(path, 24, 6, start).frames for start in (0.0, 55.0)]
+    content = bytearray(path.read_bytes())
+    middle = slice(len(content) // 4, len(content) // 2)
+    content[middle] = bytes(middle.stop - middle.start)
+    path.write_bytes(content)
+    assert [np.array_equal(clips.footage(path, 24, 6, s).frames, i) for s, i in zip((0.0, 55.0), intact, strict=True)]
+    with pytest.raises(ReferenceError, match=r"a\.mp4 holds no readable video: Invalid data"):
+        clips.read(path, 24)
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        ("5", [0, 2, 4, 6, 8, 10]),
+        ("20", [5, 5, 6, 6, 7, 7, 8, 8]),
+        ("10/3", [0, 3, 6, 9]),
+        ("4", [4, 6, 9, 11]),
+        ("25", [3, 3, 4, 4, 4, 5, 5, 5]),
+    ],
+)
+def test_another_rate_leaves_out_or_repeats(rate: str, expected: list[int], tmp_path: Path) -> None:
+    found = clips.footage(film(tmp_path / "a.mp4"), 24, len(expected), expected[0] / 10, Fraction(rate))
+    assert found.resampled
+    assert found.filmed_rate == 10
+    assert found.rate == Fraction(rate)
+    assert shown(found.frames) == expected
+
+
+def test_a_varying_rate_is_made_constant(tmp_path: Path) -> None:
+    times = [0, 100, 200, 600, 700, 1100, 1200, 1300, 1400, 1500, 1600]
+    path = film(tmp_path / "a.mkv", len(times), times=times)
+    found = clips.footage(path, 24, len(times))
+    assert found.resampled
+    assert found.rate == found.filmed_rate == pytest.approx(6.25)
+    # What is seen every 160 ms, each frame from 40 ms before its time on.
+    assert shown(found.frames) == [max(j for j, t in enumerate(times) if t - 40 <= 160 * i) for i in range(11)]
+    assert len(clips.read(path, 24)) == len(times), "the whole is left as it is"
+
+
+def test_times_rounded_to_milliseconds_are_constant(tmp_path: Path) -> None:
+    found = clips.footage(film(tmp_path / "a.mkv", rate=Fraction(30000, 1001)), 24, 17)
+    assert (found.rate, found.resampled) == (Fraction(30000, 1001), False)
+
+
+def test_a_declared_rate_that_is_not_kept_is_not_believed(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.avi", 10, rate=10, times=range(0, 4000, 400), codec="mpeg4")
+    found = clips.footage(path, 24, 5)
+    assert (found.rate, found.resampled) == (Fraction(5, 2), False)
+    assert shown(found.frames) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("turned", [90, 180, -90])
+def test_frames_stand_upright(turned: int, tmp_path: Path) -> None:
+    lying = clips.footage(film(tmp_path / "a.mp4"), 24, 5)
+    found = clips.footage(film(tmp_path / "b.mp4", turned=turned), 24, 5)
+    assert abs(found.turned) == abs(turned)
+    assert found.size == ((24, 32) if turned % 180 else (32, 24))
+    assert np.array_equal(found.frames, np.rot90(lying.frames, turned // 90, axes=(2, 3)))
+
+
+def test_what_has_sound_or_one_frame_only_or_a_codec_that_nobody_knows(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        assert isinstance(stream, av.AudioStream)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        sound.rate = 8000
+        container.mux(stream.encode(sound))
+    with pytest.raises(ReferenceError, match=r"a\.wav holds no video$"):
+        clips.footage(tmp_path / "a.wav", 24, 5)
+    assert clips.footage(film(tmp_path / "a.mp4", 1), 24, 5).frames.shape == (1, 3, 24, 32)
+    content = film(tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(content.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XXX"))
+    with pytest.raises(ReferenceError, match=r"a\.mkv holds no readable video: its codec or picture size is unknown"):
+        clips.footage(tmp_path / "a.mkv", 24, 5)
+
+
+def test_a_start_behind_the_end(tmp_path: Path) -> None:
+    with pytest.raises(ReferenceError, match=r"a\.mp4 holds no video frames from 3 s on: it lasts 2\.0 s"):
+        clips.footage(film(tmp_path / "a.mp4"), 24, 5, start=3.0)
 
 
 def test_read_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
