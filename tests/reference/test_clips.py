@@ -124,7 +124,7 @@ def test_what_is_not_needed_is_not_decoded(tmp_path: Path) -> None:
         ("20", [5, 5, 6, 6, 7, 7, 8, 8]),
         ("10/3", [0, 3, 6, 9]),
         ("4", [4, 6, 9, 11]),
-        ("25", [3, 3, 4, 4, 4, 5, 5, 5]),
+        ("25", [3, 3, 4, 4, 4, 5, 5, 6]),
     ],
 )
 def test_another_rate_leaves_out_or_repeats(rate: str, expected: list[int], tmp_path: Path) -> None:
