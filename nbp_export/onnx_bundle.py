@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -48,15 +48,16 @@ def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, repor
     with _appearing(out) as folder, torch.no_grad():
         digest = weights_sha256(source.generator, source.tokenizer)
         _write_graphs(source, spec, folder, report)
-        _write_manifest(source, spec, digest, folder)
-        bundle = Bundle.open(folder)
+        content = _manifest(source, spec, digest, folder).to_bytes()
+        bundle = Bundle.of(folder, content)
         checks: list[parity.Check] = []
         for check in parity.check_bundle(bundle, source.generator, source.tokenizer):
             if not checks or checks[-1].graph != check.graph or checks[-1].at != check.at:
                 report(f"check {check.graph} at {check.at}")
             checks.append(check)
         _write_json(folder / RECEIPT, receipt(bundle, checks))
-    return Bundle(out, bundle.manifest)  # the same files under their name; no need to hash them all again
+        (folder / MANIFEST).write_bytes(content)  # last, so that whatever a killed export leaves is no bundle
+    return replace(bundle, path=out)  # the same files under their name; no need to hash them all again
 
 
 @contextmanager
@@ -96,11 +97,12 @@ def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report
             lint.check(folder / f"{name}.onnx", known[name])
 
 
-def _write_manifest(source: Source, spec: SystemSpec, digest: str, folder: Path) -> None:
+def _manifest(source: Source, spec: SystemSpec, digest: str, folder: Path) -> Manifest:
     config = {"generator": source.generator.config.to_json()}
     if source.tokenizer:
         config["tokenizer"] = source.tokenizer.config.to_json()
-    manifest = Manifest(
+    text = source.generator.config.text
+    return Manifest(
         schema=SCHEMA,
         runtime="onnx",
         spec=spec,
@@ -108,10 +110,10 @@ def _write_manifest(source: Source, spec: SystemSpec, digest: str, folder: Path)
         files=tuple(File.of(path) for path in sorted(folder.iterdir())),
         model={"name": source.name, "config": config, "weights_sha256": digest, "trained": source.trained},
         sampling=Sampling(),
+        words=text.words if text else (),
         versions=versions(),
         provenance={"note": source.note},
     )
-    _write_json(folder / MANIFEST, manifest.to_json())
 
 
 def receipt(bundle: Bundle, checks: list[parity.Check]) -> dict[str, object]:

@@ -6,18 +6,61 @@ with the reference, void as soon as any file is another.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-from nbp_engines.errors import BundleError
-from nbp_engines.sampling import Sampling
-from nbp_engines.spec import GraphSpec, SystemSpec
+import numpy as np
 
-SCHEMA = 1
+from nbp_engines.errors import BundleError, ReceiptWarning
+from nbp_engines.sampling import Sampling
+from nbp_engines.spec import NUMPY_DTYPES, GraphSpec, SystemSpec
+from nbp_engines.strict import ANYTHING, FLAG, FROM_0, TEXT, Kind, Rule, check, loads, matching, number, whole
+
+SCHEMA = 2
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
+MAX_BUFFERS = 2**40  # bytes: no machine has them, and no model of the paper comes near
+
+DIMENSION = whole(1, 2**31 - 1)
+# Whatever means one file, in the bundle's own folder, on every system.
+NAME = matching("a plain file name", r"(?a:\w([\w.-]{0,98}\w)?)")
+SHA256 = matching("64 hexadecimal digits", "[0-9a-f]{64}")
+MAY_BE_0 = {"condition_latents", "video", "condition_frames", "text_tokens", "text_vocab"}
+SPEC_RULES: Rule = {
+    field.name: (dimension,) * 3 if field.type == tuple[int, int, int] else dimension
+    for field in fields(SystemSpec)
+    for dimension in [whole(0, 2**31 - 1) if field.name in MAY_BE_0 else DIMENSION]
+} | {"dtype": matching("fp32, fp16 or bf16", "fp32|fp16|bf16"), "layers": whole(1, 4096)}
+MANIFEST_RULES: Rule = {
+    "schema": Kind(f"{SCHEMA}, which this version reads: export it again", lambda v: type(v) is int and v == SCHEMA),
+    "runtime": TEXT,
+    "spec": SPEC_RULES,
+    "graphs": {...: NAME},
+    "files": [{"path": NAME, "size": whole(0, 2**63 - 1), "sha256": SHA256}],
+    "model": {"name": TEXT, "config": {...: ANYTHING}, "weights_sha256": SHA256, "trained": FLAG},
+    "sampling": {
+        "temperature": FROM_0,
+        "top_k": DIMENSION,
+        "top_p": number("a number above 0 and up to 1", lambda v: 0 < v <= 1),
+    },
+    "words": [TEXT],
+    "versions": {...: TEXT},
+    "provenance": {"note": TEXT, ...: ANYTHING},
+    "signatures": {...: ANYTHING},
+}
+CHECK_RULES: Rule = {"graph": TEXT, "at": TEXT, "tolerance": FROM_0, "worst": FROM_0, "where": TEXT}
+RECEIPT_RULES: Rule = {
+    "files": {...: SHA256},
+    "worst": CHECK_RULES,
+    "checks": [CHECK_RULES],
+    "versions": {...: TEXT},
+    ...: ANYTHING,
+}
 
 
 def sha256(path: Path) -> str:
@@ -39,6 +82,16 @@ class File:
         """Measure a file."""
         return cls(path.name, path.stat().st_size, sha256(path))
 
+    def verify(self, folder: Path) -> None:
+        """Raise BundleError unless the folder has this very file."""
+        path = folder / self.path
+        if path.is_symlink():
+            raise BundleError(f"{path} is a symbolic link, not a plain file of the bundle: export the bundle again")
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: export the bundle again")
+        if path.stat().st_size != self.size or sha256(path) != self.sha256:
+            raise BundleError(f"{path} is not the file that {MANIFEST} describes: export the bundle again")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -52,6 +105,7 @@ class Manifest:
         files: every file but the manifest and the receipt.
         model: name, config and weights hash of what was exported.
         sampling: the defaults to generate with.
+        words: the text word of each id, where a class-conditional model brings its own; else empty.
         versions: of the tools that made it.
         provenance: the command that made it, and whatever a reader must know.
     """
@@ -63,6 +117,7 @@ class Manifest:
     files: tuple[File, ...]
     model: dict[str, Any]
     sampling: Sampling
+    words: tuple[str, ...]
     versions: dict[str, str]
     provenance: dict[str, Any]
 
@@ -71,68 +126,128 @@ class Manifest:
         known = self.spec.generator_graphs() | self.spec.tokenizer_graphs()
         return {name: known[name] for name in self.graphs}
 
+    def buffers(self) -> dict[str, int]:
+        """Bytes that a session allocates for `caches`, one set for all graphs, and each graph's `inputs`, `outputs`."""
+        graphs, caches = self.graph_specs().values(), self.spec.caches()
+        shared = {cache.name for cache in caches}
+        tensors = {
+            "caches": caches,
+            "inputs": [t for graph in graphs for t in graph.inputs if t.name not in shared],
+            "outputs": [t for graph in graphs for t in graph.outputs if t.name not in graph.aliases],
+        }
+        return {
+            use: sum(prod(t.shape) * np.dtype(NUMPY_DTYPES[t.dtype]).itemsize for t in those)
+            for use, those in tensors.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; the graphs' inputs and outputs are spelled out for readers without this package."""
         signatures = {name: asdict(graph) for name, graph in self.graph_specs().items()}
         return asdict(self) | {"signatures": signatures}
 
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        return (json.dumps(self.to_json(), indent=1) + "\n").encode()
+
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Build from `to_json`'s values; raises BundleError for another schema, a missing name or a wrong kind."""
-        if not isinstance(data, Mapping):
-            raise BundleError(f"a manifest is an object, not {data!r}")
-        if data.get("schema") != SCHEMA:
-            raise BundleError(f"schema {data.get('schema')!r}, this version reads {SCHEMA}: export it again")
-        try:
-            manifest = cls(
-                **{k: v for k, v in data.items() if k != "signatures"}
-                | {
-                    "spec": SystemSpec.from_json(data["spec"]),
-                    "graphs": {name: str(file) for name, file in data["graphs"].items()},
-                    "files": tuple(File(**f | {"path": str(f["path"])}) for f in data["files"]),
-                    "sampling": Sampling(**data["sampling"]),
-                }
-            )
-            signed = json.loads(json.dumps({name: asdict(g) for name, g in manifest.graph_specs().items()}))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"{type(error).__name__}: {error}") from error
-        if signed != data.get("signatures"):
-            raise BundleError("the signatures do not follow from the spec")
+    def from_json(cls, data: Any) -> Self:
+        """Build from `to_json`'s values; raises BundleError, naming the place, for any that are wrong or impossible."""
+        check(data, MANIFEST_RULES, "manifest")
+        made: dict[str, Any] = {
+            "spec": SystemSpec.from_json(data["spec"]),
+            "files": tuple(File(**file) for file in data["files"]),
+            "sampling": Sampling(**data["sampling"]),
+            "words": tuple(data["words"]),
+        }
+        manifest = cls(**{name: made.get(name, value) for name, value in data.items() if name != "signatures"})
+        for contradiction in manifest._contradictions(data["signatures"]):
+            raise BundleError(contradiction)
         return manifest
+
+    def _contradictions(self, signatures: object) -> Iterator[str]:
+        """What cannot all be true together; each presumes that there are none before it."""
+        spec = self.spec
+        sides = (*spec.latent, spec.condition_latents)
+        if any(side % b for side, b in zip(sides, (*spec.block, spec.block[0]), strict=True)):
+            yield f"block {spec.block} does not tile the latent {spec.latent}, {spec.condition_latents} frames given"
+        if spec.condition_latents >= spec.latent[0] or spec.condition_frames >= max(1, spec.video[0]):
+            yield "the given frames are the whole clip: there is nothing to predict"
+        if spec.vocab <= spec.code_shift:
+            yield f"of {spec.vocab} token ids {spec.code_shift} are special or text, which leaves none for the video"
+        if self.words and len(self.words) != spec.text_vocab:
+            yield f"there are {len(self.words)} words for {spec.text_vocab} text ids"
+        names = Counter(name.casefold() for name in (MANIFEST, RECEIPT, *(file.path for file in self.files)))
+        if twice := [name for name, times in names.items() if times > 1]:
+            yield f"files {twice} are there twice, where upper case is lower case"
+        due, extra = spec.generator_graphs(), spec.tokenizer_graphs()
+        if odd := due.keys() - self.graphs.keys() | self.graphs.keys() - due.keys() - extra.keys():
+            yield f"graphs {sorted(odd)} are missing, or mean nothing: {[*due]} are due, {[*extra]} may be"
+        if unlisted := set(self.graphs.values()) - {file.path for file in self.files}:
+            yield f"graphs {sorted(unlisted)} are not among its files"
+        for graph in self.graph_specs().values():
+            for tensor in (*graph.inputs, *graph.outputs):
+                if min(tensor.shape) < 1:
+                    yield f"{tensor.name} of {graph.name} would be {list(tensor.shape)}"
+        if (size := sum(self.buffers().values())) > MAX_BUFFERS:
+            yield f"its buffers would be {size:,} bytes"
+        if json.loads(json.dumps({name: asdict(graph) for name, graph in self.graph_specs().items()})) != signatures:
+            yield "the signatures do not follow from the spec"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle, its files checked against the manifest."""
+    """An opened bundle, its files checked against the manifest.
+
+    Attributes:
+        path: the folder.
+        manifest: what it says.
+        manifest_sha256: of the manifest's file as it was read, which the receipt vouches for.
+    """
 
     path: Path
     manifest: Manifest
+    manifest_sha256: str
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Read the manifest and check every file's size and hash.
+    def of(cls, path: Path, content: bytes) -> Self:
+        """The bundle in a folder that a manifest's content describes, its files unchecked.
 
-        Raises BundleError, naming the file and what is wrong with it.
+        Raises BundleError, naming the place, for whatever is wrong with the manifest.
+        """
+        try:
+            manifest = Manifest.from_json(loads(content))
+        except BundleError as error:
+            raise BundleError(f"{path / MANIFEST}: {error.message}") from error
+        return cls(path, manifest, hashlib.sha256(content).hexdigest())
+
+    @classmethod
+    def open(cls, path: Path, require_receipt: bool = False) -> Self:
+        """Read the manifest, check every file's size and hash, and look for the receipt.
+
+        Raises BundleError, naming the file and what is wrong with it. Without a valid receipt it gives a
+        ReceiptWarning, or raises BundleError if one is required.
         """
         text = path / MANIFEST
-        if not text.is_file():
-            raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}. Make one with `nbp-export onnx`")
         try:
-            manifest = Manifest.from_json(json.loads(text.read_bytes()))
-        except (BundleError, ValueError) as error:
-            raise BundleError(f"{text}: {getattr(error, 'message', error)}") from error
-        for file in manifest.files:
-            target = path / file.path
-            if Path(file.path).name != file.path or target.is_symlink():
-                raise BundleError(f"{text}: {file.path!r} is not a plain file of the bundle")
-            if not target.is_file():
-                raise BundleError(f"{target} is missing: export the bundle again")
-            if target.stat().st_size != file.size or sha256(target) != file.sha256:
-                raise BundleError(f"{target} is not the file that {MANIFEST} describes: export the bundle again")
-        unlisted = set(manifest.graphs.values()) - {f.path for f in manifest.files}
-        if unlisted:
-            raise BundleError(f"{text}: graphs {sorted(unlisted)} are not among its files")
-        return cls(path, manifest)
+            if not text.is_file():
+                raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}. Make one with `nbp-export onnx`")
+            if text.is_symlink():
+                raise BundleError(f"{text} is a symbolic link, not a plain file of the bundle")
+            bundle = cls.of(path, text.read_bytes())
+            for file in bundle.manifest.files:
+                file.verify(path)
+        except OSError as error:
+            raise BundleError(f"{error.filename} cannot be read: {error.strerror}") from error
+        bundle.prove(require_receipt)
+        return bundle
+
+    def prove(self, required: bool = True) -> None:
+        """Raise BundleError, or only give a ReceiptWarning where none is required, unless the receipt is valid."""
+        if self.receipt() is None:
+            problem = f"{self.path} has no valid receipt: `nbp-export verify {self.path}` proves it again"
+            if required:
+                raise BundleError(problem)
+            warnings.warn(problem, ReceiptWarning, stacklevel=3)
 
     def graph_file(self, name: str) -> Path:
         """The file of a graph."""
@@ -140,12 +255,17 @@ class Bundle:
 
     def hashes(self) -> dict[str, str]:
         """File name → hash of everything that a receipt vouches for, the manifest included."""
-        return {f.path: f.sha256 for f in self.manifest.files} | {MANIFEST: sha256(self.path / MANIFEST)}
+        return {f.path: f.sha256 for f in self.manifest.files} | {MANIFEST: self.manifest_sha256}
 
     def receipt(self) -> dict[str, Any] | None:
-        """The proof of parity, or None if there is none or it was made for other files."""
+        """The proof of parity, or None: there is none, it is about other files, or it does not prove every graph."""
+        path = self.path / RECEIPT
         try:
-            receipt = json.loads((self.path / RECEIPT).read_bytes())
-        except (OSError, ValueError):
+            receipt: dict[str, Any] = loads(b"" if path.is_symlink() else path.read_bytes())
+            check(receipt, RECEIPT_RULES, RECEIPT)
+        except (OSError, BundleError):
             return None
-        return receipt if isinstance(receipt, dict) and receipt.get("files") == self.hashes() else None
+        checks = receipt["checks"]
+        proven = {c["graph"] for c in checks} >= self.manifest.graphs.keys()
+        passed = all(c["worst"] <= c["tolerance"] for c in checks)
+        return receipt if receipt["files"] == self.hashes() and proven and passed else None

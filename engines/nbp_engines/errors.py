@@ -1,5 +1,10 @@
 """The one family of errors: each message says what, where, and the command or change that cures it."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
 import click
 
 
@@ -19,3 +24,30 @@ class BundleError(NbpError):
 
 class EngineError(NbpError):
     """A runtime that is missing, or refuses a graph or its inputs."""
+
+
+class ReceiptWarning(UserWarning):
+    """A bundle without a valid receipt: nothing proves that its graphs do what the reference does."""
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """While it lasts, our warnings are printed as commands print our errors: one line, on standard error."""
+    with warnings.catch_warnings():
+        standard = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, ReceiptWarning):
+                click.echo(f"Warning: {message}", err=True)
+            else:
+                standard(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield

@@ -55,12 +55,15 @@ class Session(Protocol):
         ...
 
 
-def open_session(bundle: Bundle | Path | str, threads: int | None = None) -> Session:
+def open_session(bundle: Bundle | Path | str, threads: int | None = None, require_receipt: bool = False) -> Session:
     """Open a bundle with the runtime it was made for.
 
-    Raises BundleError if it is not an intact bundle, EngineError if its runtime is not installed or refuses it.
+    Raises BundleError if it is not an intact bundle, or has no valid receipt where one is required, EngineError if its
+    runtime is not installed or refuses it.
     """
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle), require_receipt)
+    if require_receipt:
+        opened.prove()
     if opened.manifest.runtime == "onnx":
         from nbp_engines.ort import OrtSession
 

@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, File, Manifest
-from nbp_engines.errors import BundleError, EngineError
+from nbp_engines.errors import BundleError, EngineError, ReceiptWarning, plain_warnings
 from nbp_engines.sampling import Sampling
 from nbp_engines.session import open_session
 from nbp_engines.spec import SystemSpec
 
+Json = dict[str, Any]
 SPEC = SystemSpec(
     block=(1, 1, 4),
     latent=(3, 4, 4),
@@ -45,14 +47,26 @@ def make(path: Path, runtime: str = "onnx") -> Path:
         spec=SPEC,
         graphs={"prefill": "prefill.onnx", "step": "step.onnx"},
         files=tuple(File.of(file) for file in sorted(path.iterdir())),
-        model={"name": "toy", "config": {}},
+        model={"name": "toy", "config": {}, "weights_sha256": "0" * 64, "trained": True},
         sampling=Sampling(top_k=20),
+        words=(),
         versions={"torch": "2.0"},
         provenance={"note": "made by a test"},
     )
-    (path / MANIFEST).write_text(json.dumps(manifest.to_json()))
-    (path / RECEIPT).write_text(json.dumps({"files": Bundle.open(path).hashes(), "worst": 1e-6}))
+    (path / MANIFEST).write_bytes(manifest.to_bytes())
+    prove(path)
     return path
+
+
+def prove(path: Path, **changes: object) -> None:
+    """Write a valid receipt, but for the changes."""
+    hashes = Bundle.of(path, (path / MANIFEST).read_bytes()).hashes()
+    checks = [
+        {"graph": graph, "at": "cache_pos [0]", "tolerance": 1e-5, "worst": 1e-6, "where": "logits[0]"}
+        for graph in ("prefill", "step")
+    ]
+    receipt = {"files": hashes, "worst": checks[0], "checks": checks, "versions": {"torch": "2.0"}} | changes
+    (path / RECEIPT).write_text(json.dumps(receipt))
 
 
 @pytest.fixture
@@ -60,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
     return make(tmp_path / "toy-1x1x4-fp32")
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit(folder: Path, change: Callable[[Json], object]) -> None:
     """Change the manifest, as somebody with an editor would."""
     data = json.loads((folder / MANIFEST).read_text())
     change(data)
@@ -73,6 +87,17 @@ def test_manifest_round_trip(folder: Path) -> None:
     assert manifest.spec == SPEC
     assert manifest.sampling == Sampling(top_k=20)
     assert manifest.provenance == {"note": "made by a test"}
+
+
+def test_a_hybrids_manifest_round_trip(folder: Path) -> None:
+    manifest = Bundle.open(folder).manifest
+    hybrid = replace(
+        manifest,
+        spec=replace(SPEC, condition_latents=0, condition_frames=0, text_tokens=3, text_vocab=2),
+        graphs=manifest.graphs | {"step_1": "step.onnx"},
+        words=("", "tree"),
+    )
+    assert Bundle.of(folder, hybrid.to_bytes()).manifest == hybrid
 
 
 def test_the_manifest_spells_out_the_signatures(folder: Path) -> None:
@@ -119,41 +144,218 @@ def test_a_missing_file(folder: Path) -> None:
     refused(folder, "generator.data", "missing")
 
 
-def test_a_symbolic_link_even_to_the_same_content(folder: Path) -> None:
-    (folder / "step.onnx").rename(folder.parent / "step.onnx")
-    (folder / "step.onnx").symlink_to(folder.parent / "step.onnx")
-    refused(folder, "step.onnx", "plain file")
+@pytest.mark.parametrize("name", ["step.onnx", MANIFEST])
+def test_a_symbolic_link_even_to_the_same_content(folder: Path, name: str) -> None:
+    (folder / name).rename(folder.parent / name)
+    (folder / name).symlink_to(folder.parent / name)
+    refused(folder, name, "symbolic link")
 
 
-@pytest.mark.parametrize("path", ["../outside.data", "sub/inside.data", "/", ".", "..", ""])
-def test_a_path_that_leads_elsewhere(folder: Path, path: str) -> None:
+def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("nbp_engines.bundle.sha256", denied)
+    refused(folder, str(folder / "generator.data"), "Permission denied")
+
+
+# Each value in its place, and what the refusal says of it.
+NO_COUNTS = (0, -1, True, 4.0, "4", None, [4], 2**31, 10**30)
+COUNTS = ("batch", "layers", "heads", "head_dim", "vocab", "block[1]", "latent[2]")
+MAY_BE_0 = ("condition_latents", "condition_frames", "video[0]", "text_tokens", "text_vocab")
+NO_NAMES: tuple[object, ...] = (
+    *("../outside.data", "sub/inside.data", "sub\\inside.data", "/", "\\", ".", "..", "", "C:generator.data", "~"),
+    *(
+        "generator.data\0",
+        "generator.data\n",
+        "generator.data ",
+        "generator.data.",
+        ".generator.data",
+        "générator.data",
+    ),
+    *("-rf", "*", "a" * 101, 3, True, None, ["generator.data"], {}),
+)
+NO_JSON = (float("nan"), float("inf"), -float("inf"))
+WRONG_VALUES: list[tuple[str, str, Iterable[object]]] = [
+    *((f"spec.{name}", f"spec.{name} is ", NO_COUNTS) for name in COUNTS),
+    *((f"spec.{name}", f"spec.{name} is ", NO_COUNTS[1:]) for name in MAY_BE_0),
+    ("spec.block", "spec.block is ", [[1, 1], [1, 1, 4, 1], "1x1x4", {}, None, 4]),
+    ("spec.dtype", "spec.dtype is ", ["int64", "fp64", "FP32", "", 16, None, ["fp32"]]),
+    ("spec.layers", "from 1 to 4,096", [4097]),
+    ("spec.vocab", "no number of JSON", NO_JSON),
+    ("spec.width", "'width', which means nothing", [64]),
+    ("files[0].path", "files[0].path is ", NO_NAMES),
+    ("files[0].size", "files[0].size is ", [-1, True, 1400.0, "1400", None, 2**63, 10**4000]),
+    ("files[0].size", "not the file that", [0, 1399, 1401, 2**62]),
+    ("files[0].sha256", "files[0].sha256 is ", ["", "0" * 63, "A" * 64, "g" * 64, 0, None]),
+    ("files[0].sha256", "not the file that", ["0" * 64]),
+    ("files[0].mode", "'mode', which means nothing", [0o777]),
+    ("files", "files", [[], {}, None, "generator.data", [[]], [None], ["generator.data"]]),
+    ("graphs.step", "graphs.step is ", NO_NAMES),
+    ("graphs.step", "not among its files", ["other.onnx", "Step.onnx", MANIFEST, RECEIPT]),
+    *((f"graphs.{name}", "mean nothing", ["step.onnx"]) for name in ("dream", "", "step_1", "PREFILL")),
+    ("graphs.\x1b", "a name in manifest.graphs is '\\x1b'", ["step.onnx"]),
+    ("graphs", "graphs", [{}, [], None, "step.onnx", {"step": "step.onnx"}]),
+    ("sampling.temperature", "sampling.temperature is ", [-0.1, True, "1", None, []]),
+    ("sampling.temperature", "no number of JSON", NO_JSON),
+    ("sampling.top_k", "sampling.top_k is ", [0, -1, 1.5, True, "1", None, 2**31]),
+    ("sampling.top_p", "sampling.top_p is ", [0, 0.0, -0.5, 1.01, 2, True, "0.9", None]),
+    ("sampling.seed", "'seed', which means nothing", [0]),
+    ("schema", f", not {SCHEMA}, which", [0, SCHEMA - 1, SCHEMA + 1, float(SCHEMA), str(SCHEMA), [SCHEMA], True, None]),
+    ("runtime", "runtime is ", [3, None, [], {}, "on\x1b[31mnx", "onnx\n", "\ud800"]),
+    ("versions", "versions is ", [[], None, "2.0", 2]),
+    ("versions.torch", "versions.torch is ", [2, None, ["2.0"], "2.0\x07"]),
+    ("words", "words is ", [None, "tree", {}, 2]),
+    ("words", "words[0] is ", [[None], [1], [["tree"]], ["tr\x1bee"]]),
+    ("model", "model is ", [None, [], "toy"]),
+    ("model.name", "model.name is ", [None, 3, "to\ny"]),
+    ("model.trained", "model.trained is ", [None, 1, "yes"]),
+    ("model.config", "model.config is ", [None, [], ""]),
+    ("provenance", "provenance is ", [None, [], "note"]),
+    ("provenance.note", "provenance.note is ", [None, 3, "\x1b]0;title\x07"]),
+    ("signatures", "signatures", [None, [], {}, {"step": {}}]),
+    ("signatures.step", "signatures do not follow", [None]),
+    ("extra", "'extra', which means nothing", [1]),
+]
+CASES = [
+    pytest.param(place, value, words, id=f"{ascii(place)[1:-1]}={ascii(value)[:40]}")
+    for place, words, values in WRONG_VALUES
+    for value in values
+]
+
+
+def put(data: Json, place: str, value: object) -> None:
+    """Set what a path such as `files[0].size` leads to."""
+    *way, last = [int(key) if key.isdigit() else key for key in place.replace("[", ".").replace("]", "").split(".")]
+    target: Any = data
+    for key in way:
+        target = target[key]
+    target[last] = value
+
+
+@pytest.mark.parametrize(("place", "value", "words"), CASES)
+def test_a_wrong_value(folder: Path, place: str, value: object, words: str) -> None:
     (folder / "sub").mkdir()
-    for place in (folder.parent / "outside.data", folder / "sub" / "inside.data"):
-        shutil.copy(folder / "generator.data", place)
-    edit(folder, lambda data: data["files"][0].update(path=path))
-    refused(folder, str(folder))
+    for target in (folder.parent / "outside.data", folder / "sub" / "inside.data", folder / "sub\\inside.data"):
+        shutil.copy(folder / "generator.data", target)
+    edit(folder, lambda data: put(data, place, value))
+    refused(folder, str(folder), words)
 
 
 def test_an_absolute_path(folder: Path) -> None:
     edit(folder, lambda data: data["files"][0].update(path=str(folder / "generator.data")))
-    refused(folder, "plain file")
+    refused(folder, MANIFEST, "files[0].path", "plain file")
 
 
-@pytest.mark.parametrize("schema", [0, SCHEMA + 1, str(SCHEMA), None])
-def test_another_schema(folder: Path, schema: object) -> None:
-    edit(folder, lambda data: data.update(schema=schema))
-    refused(folder, MANIFEST, f"schema {schema!r}", "export it again")
+DEEP = 100_000
+WRONG_TEXTS: dict[str, tuple[Callable[[str], str], str]] = {
+    "empty": (lambda _: "", "not JSON"),
+    "an open brace": (lambda _: "{", "not JSON"),
+    "no JSON": (lambda _: "not json", "not JSON"),
+    "half of it": (lambda text: text[: len(text) // 2], "not JSON"),
+    "something after it": (lambda text: text + "{}", "not JSON"),
+    "a comment": (lambda text: text.replace("{", "{ // mine", 1), "not JSON"),
+    "single quotes": (lambda text: text.replace('"', "'"), "not JSON"),
+    "a list": (lambda _: "[]", "manifest is [], not an object"),
+    "null": (lambda _: "null", "manifest is None, not an object"),
+    "a string": (lambda _: '"text"', "not an object"),
+    "a number": (lambda _: "3", "not an object"),
+    "its schema alone": (lambda _: f'{{"schema": {SCHEMA}}}', "manifest has no 'runtime'"),
+    "a name twice": (
+        lambda text: text.replace('"schema"', f'"schema": {SCHEMA}, "schema"', 1),
+        "'schema' stands twice",
+    ),
+    "a name twice inside": (
+        lambda text: text.replace('"vocab": 30', '"vocab": 30, "vocab": 31'),
+        "'vocab' stands twice",
+    ),
+    "a graph twice": (
+        lambda text: text.replace('"step":', '"step": "prefill.onnx", "step":', 1),
+        "'step' stands twice",
+    ),
+    "NaN": (lambda text: text.replace(": 1.0", ": NaN"), "NaN is no number"),
+    "Infinity": (lambda text: text.replace(": 1.0", ": Infinity"), "Infinity is no number"),
+    "-Infinity": (lambda text: text.replace(": 1.0", ": -Infinity"), "-Infinity is no number"),
+    "a number beyond all": (lambda text: text.replace(": 1.0", ": 1e999"), "1e999 is no number"),
+    "NaN where anything goes": (
+        lambda text: text.replace('"config": {}', '"config": {"width": NaN}'),
+        "NaN is no number",
+    ),
+    "an integer of 5,000 digits": (lambda text: text.replace(": 30", ": " + "9" * 5000), "not JSON"),
+    "lists in lists": (lambda _: "[" * DEEP + "]" * DEEP, "not JSON"),
+    "objects in objects": (lambda _: '{"a":' * DEEP + "1" + "}" * DEEP, "not JSON"),
+    "lists in lists where anything goes": (
+        lambda text: text.replace('"config": {}', '"config": {"width": ' + "[" * DEEP + "]" * DEEP + "}"),
+        "not JSON",
+    ),
+}
 
 
-def test_a_graph_that_is_not_among_the_files(folder: Path) -> None:
-    shutil.copy(folder / "step.onnx", folder / "other.onnx")
-    edit(folder, lambda data: data["graphs"].update(step="other.onnx"))
-    refused(folder, MANIFEST, "other.onnx")
+@pytest.mark.parametrize("name", WRONG_TEXTS)
+def test_a_wrong_text(folder: Path, name: str) -> None:
+    change, words = WRONG_TEXTS[name]
+    text = (folder / MANIFEST).read_text()
+    assert change(text) != text
+    (folder / MANIFEST).write_text(change(text))
+    refused(folder, str(folder / MANIFEST), words)
 
 
-def test_a_graph_that_nobody_knows(folder: Path) -> None:
-    edit(folder, lambda data: data["graphs"].update(dream="step.onnx"))
-    refused(folder, MANIFEST, "dream")
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\x80", b"\0"])
+def test_a_manifest_that_is_no_text(folder: Path, content: bytes) -> None:
+    (folder / MANIFEST).write_bytes(content)
+    refused(folder, str(folder / MANIFEST), "not JSON")
+
+
+def spec(**changes: object) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(manifest, spec=replace(manifest.spec, **changes))  # type: ignore[arg-type]
+
+
+def one_more_file(path: str) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(manifest, files=(*manifest.files, replace(manifest.files[0], path=path)))
+
+
+# Every value is possible, and the signatures follow from the spec: together they cannot be.
+CONTRADICTIONS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
+    "a block that does not tile": (spec(block=(1, 1, 3)), "block (1, 1, 3) does not tile the latent (3, 4, 4)"),
+    "a block longer than the clip": (spec(block=(4, 4, 4)), "does not tile"),
+    "a block that spans given and predicted frames": (spec(block=(3, 1, 4)), "1 frames given"),
+    "all frames given": (spec(condition_latents=3), "nothing to predict"),
+    "more frames given than there are": (spec(condition_latents=4), "nothing to predict"),
+    "the whole video given": (spec(condition_frames=9), "nothing to predict"),
+    "given frames of no video": (spec(video=(0, 0, 0)), "nothing to predict"),
+    "nothing given": (spec(condition_latents=0), "tokens of prefill would be [1, 0]"),
+    "words without a text": (lambda m: replace(m, words=("tree",)), "1 words for 0 text ids"),
+    "a vocabulary without video": (
+        spec(condition_latents=0, text_tokens=2, text_vocab=26),
+        "leaves none for the video",
+    ),
+    "a hybrid without its first step": (
+        spec(condition_latents=0, text_tokens=2, text_vocab=2),
+        "['step_1'] are missing",
+    ),
+    "caches beyond any memory": (spec(heads=2**31 - 1, head_dim=2**31 - 1), "its buffers would be"),
+    "logits beyond any memory": (spec(batch=2**20, vocab=2**31 - 1), "its buffers would be"),
+    "a file listed twice": (one_more_file("generator.data"), "['generator.data'] are there twice"),
+    "names that differ in case alone": (one_more_file("Generator.data"), "['generator.data'] are there twice"),
+    "the manifest among the files": (one_more_file(MANIFEST), "['manifest.json'] are there twice"),
+    "the receipt among the files": (one_more_file("RECEIPT.json"), "['receipt.json'] are there twice"),
+    "decode of no video": (
+        lambda m: replace(spec(video=(0, 0, 0), condition_frames=0)(m), graphs=m.graphs | {"decode": "step.onnx"}),
+        "video of decode would be [1, 3, 0, 0, 0]",
+    ),
+    "no step": (lambda m: replace(m, graphs={"prefill": "prefill.onnx"}), "['step'] are missing"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_values_that_contradict_each_other(folder: Path, name: str) -> None:
+    change, words = CONTRADICTIONS[name]
+    manifest = change(Bundle.open(folder).manifest)
+    for file in manifest.files[3:]:
+        with suppress(shutil.SameFileError):  # all there, even those that must not be listed
+            shutil.copy(folder / "generator.data", folder / file.path)
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    refused(folder, MANIFEST, words)
 
 
 def test_signatures_that_contradict_the_spec(folder: Path) -> None:
@@ -165,14 +367,6 @@ def test_signatures_that_contradict_the_spec(folder: Path) -> None:
 def test_a_missing_name(folder: Path, name: str) -> None:
     edit(folder, lambda data: data.pop(name))
     refused(folder, MANIFEST, name)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe", b"not json", b"[]", b"null", b'"text"', b"3", b'{"schema": 1}']
-)
-def test_a_manifest_that_is_no_manifest(folder: Path, content: bytes) -> None:
-    (folder / MANIFEST).write_bytes(content)
-    refused(folder, str(folder / MANIFEST))
 
 
 JSON = st.recursive(
@@ -197,17 +391,43 @@ def test_a_manifest_with_any_value_in_any_place_opens_or_is_refused(
         place = place[key]
     place[key] = data.draw(JSON)
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with suppress(BundleError):  # anything else fails the test
-        Bundle.open(folder)
+    with suppress(BundleError), warnings.catch_warnings():  # any other error fails the test
+        warnings.simplefilter("ignore", ReceiptWarning)
+        opened = Bundle.open(folder).manifest
+        assert opened.graph_specs() == Bundle.of(folder, opened.to_bytes()).manifest.graph_specs()
     shutil.rmtree(folder)
 
 
+def unproven(folder: Path) -> Bundle:
+    """The bundle, which opens with a warning that it has no valid receipt, and not at all where one is required."""
+    advice = f"{folder} has no valid receipt: `nbp-export verify {folder}` proves it again"
+    with pytest.warns(ReceiptWarning) as warned:
+        bundle = Bundle.open(folder)
+    assert [(str(w.message), Path(w.filename)) for w in warned] == [(advice, Path(__file__))]
+    assert bundle.receipt() is None
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder, require_receipt=True)
+    assert caught.value.message == advice
+    for source in (folder, str(folder), bundle):
+        with pytest.raises(BundleError, match="no valid receipt"):
+            open_session(source, require_receipt=True)
+    return bundle
+
+
 def test_the_receipt_is_valid_until_the_manifest_changes(folder: Path) -> None:
-    receipt = Bundle.open(folder).receipt()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        receipt = Bundle.open(folder, require_receipt=True).receipt()
     assert receipt is not None
-    assert receipt["worst"] == 1e-6
+    assert receipt["worst"]["worst"] == 1e-6
     edit(folder, lambda data: data["provenance"].update(note="something else"))
-    assert Bundle.open(folder).receipt() is None
+    unproven(folder)
+
+
+def test_the_receipt_is_void_once_a_byte_of_the_manifest_changes_that_means_nothing(folder: Path) -> None:
+    with (folder / MANIFEST).open("ab") as file:
+        file.write(b"\n")
+    unproven(folder)
 
 
 @pytest.mark.parametrize("name", ["prefill.onnx", "step.onnx", "generator.data"])
@@ -215,21 +435,65 @@ def test_the_receipt_is_void_once_a_file_changes_even_with_the_manifest_mended(f
     (folder / name).write_bytes(b"other")
     files = [asdict(File.of(folder / n)) for n in ("generator.data", "prefill.onnx", "step.onnx")]
     edit(folder, lambda data: data.update(files=files))
-    assert Bundle.open(folder).receipt() is None
+    unproven(folder)
 
 
 def test_the_receipt_is_void_once_the_bundle_has_another_file(folder: Path) -> None:
     (folder / "more.data").write_bytes(b"more")
     edit(folder, lambda data: data["files"].append(asdict(File.of(folder / "more.data"))))
-    assert Bundle.open(folder).receipt() is None
+    unproven(folder)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"{}", b'{"files": {}}', b"\xff"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"{}", b'{"files": {}}', b"\xff", b"[" * 100_000])
 def test_no_receipt(folder: Path, content: bytes | None) -> None:
     (folder / RECEIPT).unlink()
     if content is not None:
         (folder / RECEIPT).write_bytes(content)
-    assert Bundle.open(folder).receipt() is None
+    unproven(folder)
+
+
+def check(graph: str, **changes: object) -> Json:
+    return {"graph": graph, "at": "", "tolerance": 1e-5, "worst": 1e-6, "where": ""} | changes
+
+
+@pytest.mark.parametrize(
+    "checks",
+    [
+        pytest.param([], id="no checks"),
+        pytest.param([check("step")], id="a graph unchecked"),
+        pytest.param([check("prefill"), check("step", worst=1e-4)], id="a check failed"),
+        pytest.param([check("prefill"), check("step", worst=float("nan"))], id="a check of NaN"),
+        pytest.param([check("prefill"), check("step", worst=float("inf"), tolerance=float("inf"))], id="infinite"),
+        pytest.param([check("prefill"), check("step", worst="none")], id="a check without a number"),
+        pytest.param([check("prefill"), "step"], id="a check that is none"),
+        pytest.param([check("prefill"), check("step", where="\x1b[2J")], id="a check that clears the screen"),
+        pytest.param({"prefill": check("prefill")}, id="checks that are no list"),
+    ],
+)
+def test_a_receipt_that_proves_nothing(folder: Path, checks: object) -> None:
+    prove(folder, checks=checks)
+    unproven(folder)
+
+
+def test_a_receipt_from_elsewhere(folder: Path) -> None:
+    (folder / RECEIPT).rename(folder.parent / RECEIPT)
+    (folder / RECEIPT).symlink_to(folder.parent / RECEIPT)
+    unproven(folder)
+
+
+def test_commands_print_the_warning_as_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / RECEIPT).unlink()
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        with plain_warnings():
+            Bundle.open(folder)
+            warnings.warn("somebody else's", UserWarning, stacklevel=1)
+        warnings.warn("later", ReceiptWarning, stacklevel=1)
+    assert (
+        capsys.readouterr().err
+        == f"Warning: {folder} has no valid receipt: `nbp-export verify {folder}` proves it again\n"
+    )
+    assert [str(warning.message) for warning in others] == ["somebody else's", "later"]
 
 
 def test_a_bundle_can_move(folder: Path, tmp_path: Path) -> None:
