@@ -1,10 +1,12 @@
 """Exports a model to an ONNX bundle: trace, share the weights, lint, prove parity, and only then give it its name."""
 
+import glob
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,19 +64,49 @@ def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, repor
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A working folder beside `out` that takes its name only if all went well, and is gone otherwise."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise UsageError(f"{out.parent} cannot hold the bundle ({error.strerror}): choose another --out") from error
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    """A working folder beside `out` that takes its name only if all went well, and is gone otherwise.
+
+    It is locked while in use, so that the next export to the same name can tell what a killed one left, and remove it.
+    """
+    prefix = f".{out.name}.partial-"
+    with ExitStack() as locks:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(out.parent, wait=True) as alone:  # a folder that has just been made is not locked yet
+                for left in out.parent.glob(f"{glob.escape(prefix)}????????") if alone else ():
+                    with _locked(left) as abandoned:
+                        if abandoned:
+                            shutil.rmtree(left, ignore_errors=True)
+                folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+                locks.enter_context(_locked(folder))
+        except OSError as error:
+            raise UsageError(f"{out.parent} cannot hold the bundle ({error.strerror}): choose another --out") from error
+        try:
+            yield folder
+            folder.chmod(0o755)
+            try:
+                folder.rename(out)
+            except OSError as error:
+                raise UsageError(f"{out} appeared meanwhile ({error.strerror}): choose another --out") from error
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder's lock, which ends with this process at the latest; False where it is held or there are none."""
+    with ExitStack() as closing:
+        try:
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            closing.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        except (ImportError, OSError):  # a system or a file system without locks
+            locked = False
+        yield locked
 
 
 def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report) -> None:

@@ -1,16 +1,18 @@
 """An export that is stopped leaves nothing that looks finished."""
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
-from nbp_engines.bundle import Bundle
-from nbp_engines.errors import UsageError
-from nbp_export.onnx_bundle import export
+from nbp_engines.bundle import MANIFEST, Bundle
+from nbp_engines.errors import BundleError, UsageError
+from nbp_export.onnx_bundle import _appearing, export
 from tests.export.support import source
 
 ROOT = Path(__file__).parents[2]
@@ -40,12 +42,76 @@ def test_stopped_at_a_stage(stop: str, how: BaseException, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-# A fresh interpreter that starts exports as children of its own, which may be killed.
+def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the receipt the working folder is no bundle, and what a kill leaves from then on is a proven one."""
+    looks: list[set[str]] = []
+    write = Path.write_bytes
+
+    def look(path: Path, content: bytes) -> int:
+        looks.append({file.name for file in path.parent.iterdir()})
+        with pytest.raises(BundleError, match="is not a bundle"):
+            Bundle.open(path.parent)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", look)
+    bundle = export(source("1x4x4"), tmp_path / "bundle")
+    assert looks == [{path.name for path in bundle.path.iterdir()} - {MANIFEST}]
+    assert Bundle.open(bundle.path, require_receipt=True) == bundle
+
+
+def test_what_killed_exports_left_is_removed_by_the_next_to_that_name_and_nothing_else(tmp_path: Path) -> None:
+    left, kept = tmp_path / ".bundle.partial-abcd_123", [".other.partial-abcd_123", ".bundle.partial-notes", "bundle-2"]
+    for folder in (left, *(tmp_path / name for name in kept)):
+        folder.mkdir()
+        (folder / "step.onnx").write_text("half")
+    (tmp_path / ".bundle.partial-a_file_1").write_text("precious")
+    (tmp_path / ".bundle.partial-a_link_1").symlink_to(tmp_path / "bundle-2")
+    with _appearing(tmp_path / "bundle") as first, _appearing(tmp_path / "bundle-3"):
+        with suppress(UsageError), _appearing(tmp_path / "bundle") as second:
+            assert first.is_dir()  # in use, so not abandoned
+            (tmp_path / "bundle").touch()
+        assert not second.exists()
+        (tmp_path / "bundle").unlink()
+    untouched = [".bundle.partial-a_file_1", ".bundle.partial-a_link_1", *kept]
+    assert {path.name for path in tmp_path.iterdir()} == {*untouched, "bundle", "bundle-3"}
+    assert all((tmp_path / name / "step.onnx").read_text() == "half" for name in kept)
+
+
+@pytest.mark.parametrize("where", ["system", "file system"])
+def test_without_locks_everything_is_left_alone(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if where == "system":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", flock)
+    (tmp_path / ".bundle.partial-abcd_123").mkdir()
+    with _appearing(tmp_path / "bundle"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".bundle.partial-abcd_123", "bundle"}
+
+
+def test_the_first_of_two_exports_to_one_name_wins(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        slow = stack.enter_context(_appearing(tmp_path / "bundle"))
+        (slow / "file").write_text("second")
+        with _appearing(tmp_path / "bundle") as fast:
+            (fast / "file").write_text("first")
+        with pytest.raises(UsageError, match="bundle appeared meanwhile"):
+            stack.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (tmp_path / "bundle" / "file").read_text() == "first"
+
+
+# A fresh interpreter that starts exports as children of its own, which may be killed, and looks at what they leave.
 CHILDREN = """
-import json, os, signal, sys, time
+import json, os, shutil, signal, sys, time, warnings
 from pathlib import Path
 paths, folder, shares = map(json.loads, sys.argv[1:])
 sys.path[:0], folder = paths, Path(folder)
+from nbp_engines.bundle import Bundle
+from nbp_engines.errors import BundleError
 from nbp_export.onnx_bundle import export
 from tests.export.support import source
 
@@ -60,48 +126,71 @@ def start(name, last_stage=None):
         finally:
             os._exit(0)
     return pid
-"""
-AT_THE_LAST_CHECK = """
-assert os.waitstatus_to_exitcode(os.waitpid(start("bundle", "check step at cache_pos [48]"), 0)[1]) == -signal.SIGKILL
-assert not (folder / "bundle").exists()
-os.waitpid(start("bundle"), 0)
-"""
-AT_ANY_MOMENT = """
+
+# What there is beside the whole bundle: nothing, or the same, or the files of something that does not open.
+def found():
+    warnings.simplefilter("error")  # a bundle that opens without its receipt
+    others = [path for path in folder.iterdir() if path.name != "whole"]
+    assert len(others) <= 1, others
+    for path in others:
+        try:
+            assert Bundle.open(path).manifest == Bundle.open(folder / "whole").manifest
+            return "whole"
+        except BundleError:
+            assert path.name.startswith(".bundle.partial-"), path
+            return sorted(file.name for file in path.iterdir())
+    return "nothing"
+
 begin = time.monotonic()
 os.waitpid(start("whole"), 0)
 took = time.monotonic() - begin
-for number, share in enumerate(shares):
-    pid = start(f"killed-{number}")
+"""
+AT_THE_LAST_CHECK = """
+pid, status = os.waitpid(start("bundle", "check step at cache_pos [48]"), 0)
+assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+print(json.dumps([found()]))
+"""
+AT_ANY_MOMENT = """
+left = []
+for share in shares:
+    pid = start("bundle")
     time.sleep(took * share)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    left.append(found())
+    shutil.rmtree(folder / "bundle", ignore_errors=True)
+print(json.dumps(left))
+"""
+TO_THE_END = """
+os.waitpid(start("bundle"), 0)
+assert (folder / "bundle").is_dir()
+assert found() == "whole"
 """
 
 
-def finished(code: str, folder: Path, shares: Iterable[float] = ()) -> set[str]:
-    """The bundles that the children leave, all proven sound; the rest of what they leave looks like no bundle."""
+def what_is_left(code: str, folder: Path, shares: Iterable[float] = ()) -> list[str | list[str]]:
+    """What each killed child leaves: nothing, the whole bundle, or the names of files that are no bundle."""
     paths = [str(ROOT / home) for home in (".", "reference", "engines")]
     arguments = [json.dumps(argument) for argument in (paths, str(folder), list(shares))]
-    done = subprocess.run(
-        [sys.executable, "-c", CHILDREN + code, *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", CHILDREN + code + TO_THE_END, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    leftovers = {path.name for path in folder.iterdir() if path.name.startswith(".")}
-    assert leftovers, "nothing was killed half-way"
-    assert all(".partial-" in name for name in leftovers)
-    names = {path.name for path in folder.iterdir()} - leftovers
-    for name in names:
-        assert Bundle.open(folder / name).receipt() is not None
-    return names
+    left: list[str | list[str]] = json.loads(done.stdout)
+    return left
 
 
 def test_killed_without_warning_and_exported_again(tmp_path: Path) -> None:
-    assert finished(AT_THE_LAST_CHECK, tmp_path) == {"bundle"}
+    assert what_is_left(AT_THE_LAST_CHECK, tmp_path) == [["generator.data", "prefill.onnx", "step.onnx"]]
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    assert "whole" in finished(AT_ANY_MOMENT, tmp_path, shares=[0.02 + 0.04 * i for i in range(28)])
+    chance = random.Random(502)
+    left = what_is_left(AT_ANY_MOMENT, tmp_path, shares=[chance.uniform(0, 1.1) for _ in range(50)])
+    assert len(left) == 50
+    halves = [files for files in left if isinstance(files, list)]
+    assert len(halves) >= 25, left
+    assert {len(files) for files in halves} >= {1, 2, 3}, left
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "folder", "file"])
