@@ -1,8 +1,17 @@
 """The `nbp-export` command: parse, call, print."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from nbp_engines.bundle import Bundle
+
+SIZES = "nbp-xl, nbp-xxl, nbp-3b, nbp-tiny, each also as NAME-hybrid"
 
 
 @click.group()
@@ -12,12 +21,12 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", help="A named size: nbp-xl, nbp-xxl, nbp-3b, nbp-tiny.  [default: the bundled nbp-tiny]")
+@click.option("--model", help=f"A named size: {SIZES}.  [default: the bundled nbp-tiny]")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The authors' .ckpt, or our .safetensors.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="The authors' tokenizer .pt, or our .safetensors.")
 @click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing.")
 @click.option("--block", help="Block shape TxHxW in latent units, or a size.  [default: the model's own, else 1x1x16]")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp16", show_default=True)
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips generated at once.")
 @click.option("--timing-only", is_flag=True, help="Accept a checkpoint that was trained for another block.")
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle's folder.  [default: ./NAME-BLOCK-DTYPE]")
@@ -39,30 +48,59 @@ def onnx(
     from nbp_export._extras import need
 
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
-    from rich.console import Console
-
     from nbp_export.onnx_bundle import export
     from nbp_export.sources import Request, find
 
-    console = Console(stderr=True, highlight=False)
-    with console.status("load") as status:
+    with _stages() as (say, report):
+        report("load")
         source = find(Request(model, checkpoint, tokenizer, weights, block, timing_only))
-        console.print(source.note)
+        say(source.note)
         folder = out or Path(f"{source.name}-{source.generator.config.block}-{dtype}")
+        if source.tokenizer is None:
+            say("no tokenizer in the checkpoint: generator graphs alone; --tokenizer FILE adds encode and decode")
+        bundle = export(source, folder, dtype, batch, report)
+        say(_outcome(bundle))
+    click.echo(bundle.path)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify(bundle: Path) -> None:
+    """Prove a bundle again: hashes, schema, lint, and parity with the reference on the weights that it holds.
+
+    Needs no checkpoint. Writes a new receipt; a bundle that fails is left without one.
+    """
+    from nbp_export._extras import need
+
+    need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
+    from nbp_export.proof import prove_again
+
+    with _stages() as (say, report):
+        say(_outcome(prove_again(bundle, report)))
+    click.echo(bundle)
+
+
+@contextmanager
+def _stages() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
+    """How to say a line that stays, and how to report what begins."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("") as status:
 
         def report(stage: str) -> None:
             status.update(stage)
             if not console.is_terminal:
                 console.print(f"  {stage}")
 
-        bundle = export(source, folder, dtype, batch, report)
+        yield partial(console.print, soft_wrap=True), report
+
+
+def _outcome(bundle: "Bundle") -> str:
     receipt = bundle.receipt()
     assert receipt is not None  # it was written a moment ago, by the same process
     worst = receipt["worst"]
-    if source.tokenizer is None:
-        console.print("no tokenizer in the checkpoint: generator graphs alone; --tokenizer FILE adds encode and decode")
-    console.print(
-        f"{len(receipt['checks'])} checks against the reference passed; worst: {worst['graph']} at {worst['at']}, "
-        f"{worst['worst']:.2g} of the largest value (allowed {worst['tolerance']:g})"
+    return (
+        f"{len(receipt['checks'])} checks against the reference passed, {receipt['executed']}; worst: {worst['graph']} "
+        f"at {worst['at']}, {worst['worst']:.2g} of the largest value (allowed {worst['tolerance']:g})"
     )
-    click.echo(bundle.path)

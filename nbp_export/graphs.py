@@ -18,7 +18,7 @@ from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
 OPSET = 24  # the first with TensorScatter
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int64": torch.int64}
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64}
 
 
 def system_spec(model: ModelConfig, tokenizer: TokenizerConfig | None, dtype: str, batch: int) -> SystemSpec:

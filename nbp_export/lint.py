@@ -12,7 +12,12 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from nbp_engines.errors import NbpError
 from nbp_engines.spec import GraphSpec
 
-ONNX_DTYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
+ONNX_DTYPES = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "int64": TensorProto.INT64,
+}
 SCATTERS = {"ScatterND", "ScatterElements", "Scatter"}
 LOOPS = {"Loop", "Scan", "If"}
 

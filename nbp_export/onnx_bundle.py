@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,24 +18,16 @@ from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, File, Manifest
 from nbp_engines.errors import UsageError
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
-from nbp_export import lint, parity
 from nbp_export.graphs import graph_module, system_spec, trace
+from nbp_export.proof import NOT_IN_BF16, Report, prove, versions
 from nbp_export.sources import Source
-from nbp_export.weights import WeightPool, weights_sha256
-
-WEIGHTS = {
-    "prefill": "generator.data",
-    "step": "generator.data",
-    "step_1": "generator.data",
-    "encode": "encode.data",
-    "decode": "decode.data",
-}
-TOOLS = ("nbp-export", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
-Report = Callable[[str], None]
+from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
 
 
 def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, report: Report = lambda _: None) -> Bundle:
-    """Write the bundle of a model to a folder that does not exist yet; the source's weights are rounded to `dtype`.
+    """Write the bundle of a model to a folder that does not exist yet, weights rounded to `dtype`.
+
+    The source is used up: its models give their memory back once their graphs are written.
 
     Every graph is checked against the reference before the folder appears: an interrupted or failed export leaves
     nothing there. `report` is told each stage as it begins.
@@ -52,12 +43,7 @@ def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, repor
         _write_graphs(source, spec, folder, report)
         content = _manifest(source, spec, digest, folder).to_bytes()
         bundle = Bundle.of(folder, content)
-        checks: list[parity.Check] = []
-        for check in parity.check_bundle(bundle, source.generator, source.tokenizer):
-            if not checks or checks[-1].graph != check.graph or checks[-1].at != check.at:
-                report(f"check {check.graph} at {check.at}")
-            checks.append(check)
-        _write_json(folder / RECEIPT, receipt(bundle, checks))
+        _write_json(folder / RECEIPT, prove(bundle, report))
         (folder / MANIFEST).write_bytes(content)  # last, so that whatever a killed export leaves is no bundle
     return replace(bundle, path=out)  # the same files under their name; no need to hash them all again
 
@@ -110,23 +96,32 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report) -> None:
-    parts: list[tuple[nn.Module, dict[str, str]]] = [
-        (source.generator, {name: WEIGHTS[name] for name in spec.generator_graphs()})
-    ]
-    if source.tokenizer:
-        parts += [(source.tokenizer, {name: WEIGHTS[name]}) for name in spec.tokenizer_graphs()]
+    """Graphs, weights and their index. A model's memory is given up as soon as its graphs are written."""
     known = spec.generator_graphs() | spec.tokenizer_graphs()
-    for model, files in parts:
-        with WeightPool(folder / next(iter(files.values()))) as pool:
-            for name in files:
-                report(f"trace {name}")
-                graph = trace(graph_module(spec, name, model), known[name])
-                pool.take(graph)
-                ir.save(graph, folder / f"{name}.onnx")
-        model.float()  # from here on the reference: fp32 arithmetic on the rounded weights
-        for name in files:
-            report(f"lint {name}")
-            lint.check(folder / f"{name}.onnx", known[name])
+    # Model → data file → the graphs on it and the keys of their parameters.
+    parts: dict[str, tuple[nn.Module | None, dict[str, tuple[list[str], str]]]] = {
+        "generator": (source.generator, {"generator.data": ([*spec.generator_graphs()], "")}),
+        "tokenizer": (
+            source.tokenizer,
+            {f"{name}.data": ([name], f"{name}r_layers.") for name in spec.tokenizer_graphs()},
+        ),
+    }
+    index: Index = {}
+    for kind, (model, files) in parts.items():
+        if model is None:
+            continue
+        for file, (names, keys) in files.items():
+            with WeightPool(folder / file) as pool:
+                for name in names:
+                    report(f"trace {name}")
+                    graph = trace(graph_module(spec, name, model), known[name])
+                    pool.take(graph)
+                    ir.save(graph, folder / f"{name}.onnx")
+                state = model.state_dict(prefix=f"{kind}.")
+                index |= pool.index({key: state[key] for key in state if key.startswith(f"{kind}.{keys}")})
+        model.to("meta")
+        del graph, state
+    _write_json(folder / INDEX, index)
 
 
 def _manifest(source: Source, spec: SystemSpec, digest: str, folder: Path) -> Manifest:
@@ -138,38 +133,18 @@ def _manifest(source: Source, spec: SystemSpec, digest: str, folder: Path) -> Ma
         schema=SCHEMA,
         runtime="onnx",
         spec=spec,
-        graphs={name: f"{name}.onnx" for name in WEIGHTS if (folder / f"{name}.onnx").exists()},
+        graphs={
+            name: f"{name}.onnx"
+            for name in spec.generator_graphs() | spec.tokenizer_graphs()
+            if (folder / f"{name}.onnx").exists()
+        },
         files=tuple(File.of(path) for path in sorted(folder.iterdir())),
         model={"name": source.name, "config": config, "weights_sha256": digest, "trained": source.trained},
         sampling=Sampling(),
         words=text.words if text else (),
         versions=versions(),
-        provenance={"note": source.note},
+        provenance={"note": source.note} | ({"executed": NOT_IN_BF16} if spec.dtype == "bf16" else {}),
     )
-
-
-def receipt(bundle: Bundle, checks: list[parity.Check]) -> dict[str, object]:
-    """The proof: the files it is about, by hash, and every check with its tolerance and worst element."""
-    worst = max(checks, key=lambda c: c.worst)
-    return {
-        "files": bundle.hashes(),
-        "reference": "nbp_reference, fp32 arithmetic, weights rounded to the bundle's dtype",
-        "runtime": "ONNX Runtime, CPU",
-        "worst": asdict(worst),
-        "checks": [asdict(check) for check in checks],
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the tools that an export depends on."""
-    found = {}
-    for tool in TOOLS:
-        try:
-            found[tool] = version(tool)
-        except PackageNotFoundError:
-            found[tool] = "not installed"
-    return found
 
 
 def _write_json(path: Path, data: object) -> None:

@@ -1,16 +1,34 @@
-"""One copy of the weights on disk for all graphs of a bundle: equal tensors are written once."""
+"""One copy of the weights on disk for all graphs of a bundle, and the way back from there to the reference.
+
+Equal tensors are written once. An index says where each of the reference's parameters lies, so that a bundle can be
+held against the reference again without the checkpoint that it came from.
+"""
 
 import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import onnx_ir as ir
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from nbp_engines.bundle import Bundle
+from nbp_engines.errors import NbpError
+from nbp_export.graphs import TORCH_DTYPES
+from nbp_reference.config import ModelConfig, TokenizerConfig
+from nbp_reference.model import Block, NextBlockTransformer
+from nbp_reference.tokenizer import VideoTokenizer
 
 ALIGNMENT = 4096  # bytes, a page: runtimes map the file
 INLINE = 1024  # bytes; smaller tensors stay in the graph's own file
+INDEX = "weights.json"
+
+Index = dict[str, dict[str, Any]]
+M = TypeVar("M", bound=nn.Module)
 
 
 class WeightPool:
@@ -28,20 +46,42 @@ class WeightPool:
             if tensor is None or tensor.nbytes <= INLINE:
                 continue
             data = tensor.tobytes()
-            digest = hashlib.sha256(data).digest()
-            if digest not in self._written:
-                self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-                self._written[digest] = self._file.tell()
-                self._file.write(data)
             value.const_value = ir.ExternalTensor(
                 self._path.name,
-                self._written[digest],
+                self._place(data),
                 len(data),
                 tensor.dtype,
                 shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
                 base_dir=self._path.parent,
             )
+
+    def index(self, state: Mapping[str, Tensor]) -> Index:
+        """Where each parameter lies: name → file, offset, shape and dtype as stored, and whether transposed.
+
+        Small ones, which the graphs hold themselves, are written for the purpose. Raises NbpError if the graphs that
+        were taken do not hold a large one, as it is or transposed: they would compute with other weights.
+        """
+        return {name: self._found(name, value.detach()) for name, value in state.items()}
+
+    def _found(self, name: str, value: Tensor) -> dict[str, Any]:
+        forms = [(value, False), (value.T, True)] if value.ndim == 2 else [(value, False)]
+        for stored, transposed in forms:
+            data = _bytes(stored)
+            if len(data) <= INLINE or hashlib.sha256(data).digest() in self._written:
+                dtype = next(short for short, dtype in TORCH_DTYPES.items() if dtype == value.dtype)
+                place = {"file": self._path.name, "offset": self._place(data), "shape": list(stored.shape)}
+                return place | {"dtype": dtype, "transposed": transposed}
+        raise NbpError(f"{name} {list(value.shape)} is in no exported graph: the exporter changed it")
+
+    def _place(self, data: bytes) -> int:
+        """The offset of these bytes, appended if they are new."""
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._written:
+            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+            self._written[digest] = self._file.tell()
+            self._file.write(data)
+        return self._written[digest]
 
     def __enter__(self) -> Self:
         """The pool itself."""
@@ -62,3 +102,84 @@ def weights_sha256(*models: nn.Module | None) -> str:
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(np.ascontiguousarray(value.numpy()).data)
     return digest.hexdigest()
+
+
+def read_generator(bundle: Bundle) -> NextBlockTransformer:
+    """The reference with a bundle's weights in fp32, whose layers are read one by one as they are used.
+
+    Raises NbpError if the bundle's index cannot be read, RuntimeError if it does not fit the bundle's config.
+    """
+    config = ModelConfig.from_json(bundle.manifest.model["config"]["generator"])
+    state = _state(bundle, "generator.")
+    layers = {name: state.pop(name) for name in [*state] if name.startswith("blocks.")}
+    with torch.device("meta"):
+        model = NextBlockTransformer(config)
+    model.blocks = _LayersOnDemand(config, layers)
+    return _filled(model, state)
+
+
+def read_tokenizer(bundle: Bundle) -> VideoTokenizer | None:
+    """The tokenizer with a bundle's weights in fp32, as far as its graphs go; None if it has none.
+
+    Raises NbpError if the bundle's index cannot be read, RuntimeError if it does not fit the bundle's config.
+    """
+    config = bundle.manifest.model["config"].get("tokenizer")
+    if config is None:
+        return None
+    with torch.device("meta"):
+        model = VideoTokenizer(TokenizerConfig.from_json(config))
+    if "encode" not in bundle.manifest.graphs:
+        model.encoder_layers = nn.Sequential()
+    return _filled(model, _state(bundle, "tokenizer."))
+
+
+class _LayersOnDemand(nn.ModuleList):
+    """Transformer layers that are built from the file when their turn comes: one is in memory at a time."""
+
+    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._config = config
+        self._state = state
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for i in range(self._config.layers):
+            with torch.device("meta"):
+                layer = Block(self._config.width, self._config.heads)
+            own = f"blocks.{i}."
+            yield _filled(layer, {k.removeprefix(own): v for k, v in self._state.items() if k.startswith(own)})
+
+
+def _filled(model: M, state: Mapping[str, Tensor]) -> M:
+    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return model.eval()
+
+
+def _state(bundle: Bundle, prefix: str) -> dict[str, Tensor]:
+    """Memory-mapped parameters."""
+    listed = {file.path for file in bundle.manifest.files}
+    try:
+        index: Index = json.loads((bundle.path / INDEX).read_bytes()) if INDEX in listed else {}
+        return {
+            name.removeprefix(prefix): _mapped(bundle.path, place, listed)
+            for name, place in index.items()
+            if name.startswith(prefix)
+        }
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise NbpError(
+            f"{bundle.path / INDEX} is no index of the weights ({error}): export the bundle again"
+        ) from error
+
+
+def _mapped(folder: Path, place: Mapping[str, Any], listed: Collection[str]) -> Tensor:
+    if place["file"] not in listed:
+        raise ValueError(f"{place['file']} is no file of the bundle")
+    dtype = TORCH_DTYPES[place["dtype"]]
+    # numpy has no bf16: read bits, and let torch say what they mean. Mode c: torch wants memory that it could write.
+    bits = np.int32 if dtype == torch.float32 else np.int16
+    data = np.memmap(folder / place["file"], bits, "c", place["offset"], tuple(place["shape"]))
+    stored = torch.from_numpy(data).view(dtype)
+    return stored.T if place["transposed"] else stored
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -47,10 +47,10 @@ def run(console: "Console", plan: Plan) -> None:
 
 
 def contact_sheet(measured: Sequence[Measured], folder: Path) -> None:
-    """The first clip as filmed and as each block size continues it."""
-    strips, given = {"filmed": measured[0].truth}, 0
+    """The first clip as filmed, if it was, and as each block shape continues it."""
+    strips, given = ({"filmed": measured[0].truth} if len(measured[0].truth) else {}), 0
     for m in measured:
         predicted = to_uint8(m.results[0].video[0])
         given = m.clip_frames - len(predicted)
-        strips.setdefault(f"L = {m.record.block_size}", np.concatenate([m.truth[:given], predicted]))
+        strips.setdefault(m.record.block, np.concatenate([m.truth[:given], predicted]))
     figure.contact_sheet(strips, given, folder / markdown.SHEET)

@@ -19,7 +19,8 @@ from nbp_engines.errors import BundleError, UsageError
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
 from nbp_export.graphs import system_spec
-from nbp_export.onnx_bundle import export, versions
+from nbp_export.onnx_bundle import export
+from nbp_export.proof import versions
 from nbp_export.sources import Request, Source, find
 from nbp_export.weights import weights_sha256
 from nbp_reports.record import Record
@@ -39,7 +40,7 @@ class Plan:
     Attributes:
         requests: one model a block shape.
         engines: in the order of the table.
-        video: the file to predict from; None for the bundled clip.
+        video: the file to predict from; None for the bundled clip, and of no use to a class-conditional model.
         clips: measured clips an engine and shape.
         batch, threads, seed, sampling: as in the records.
         out: folder for bundles.
@@ -96,6 +97,14 @@ class _Subject:
     trained: bool
     spec: SystemSpec
     parameters: int
+    words: tuple[str, ...]
+
+
+def _texts(subject: _Subject) -> tuple[list[np.ndarray], str]:
+    """Texts of a class-conditional model, int64 [P], and what they say."""
+    classes = range(1, len(subject.words)) if subject.words else range(1)
+    texts = [np.array([c] + [0] * (subject.spec.text_tokens - 1)) for c in classes]
+    return texts, "class " + ", ".join(subject.words[1:]) if subject.words else "text ids 0, for timing"
 
 
 def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[Measured]:
@@ -109,6 +118,7 @@ def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[M
         source.trained,
         system_spec(source.generator.config, source.tokenizer.config, "fp32", plan.batch),
         sum(p.numel() for model in (source.generator, source.tokenizer) for p in model.parameters()),
+        source.generator.config.text.words if source.generator.config.text else (),
     )
     bundle = _bundle(plan, source, subject, report).path if "onnx" in plan.engines else None
     del source  # each engine loads its own
@@ -120,15 +130,20 @@ def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[M
     # ONNX Runtime keeps a prepacked copy of the weights for each graph beside the file's.
     copies = len(jobs) + 2 * ("onnx" in plan.engines)
     together = 4 * subject.parameters * copies < 0.7 * available_memory()
-    scenes, name = windows(subject.spec, plan.video, plan.clips)
+    if subject.spec.hybrid:
+        conditions, name = _texts(subject)
+        truth = np.empty((0, 3, *subject.spec.video[1:]), np.uint8)
+    else:
+        scenes, name = windows(subject.spec, plan.video, plan.clips)
+        conditions, truth = [to_float(scene[: subject.spec.condition_frames]) for scene in scenes], scenes[0]
     groups = [jobs] if together else [[job] for job in jobs]
-    runs = [run for group in groups for run in _take_turns(plan, group, subject.spec, scenes, report)]
+    runs = [run for group in groups for run in _take_turns(plan, group, subject.spec, conditions, report)]
     reference = next((run.results for job, run in zip(jobs, runs, strict=True) if job.engine == "reference"), None)
     records = [
         _record(plan, subject, job, run, reference, began, together, name) for job, run in zip(jobs, runs, strict=True)
     ]
     frames = subject.spec.video[0]
-    return [Measured(r, run.results, scenes[0], frames) for r, run in zip(records, runs, strict=True)]
+    return [Measured(r, run.results, truth, frames) for r, run in zip(records, runs, strict=True)]
 
 
 def _bundle(plan: Plan, source: Source, subject: _Subject, report: Report) -> Bundle:
@@ -155,11 +170,11 @@ class _Run:
 
 
 def _take_turns(
-    plan: Plan, jobs: Sequence[Job], spec: SystemSpec, scenes: Sequence[np.ndarray], report: Report
+    plan: Plan, jobs: Sequence[Job], spec: SystemSpec, conditions: Sequence[np.ndarray], report: Report
 ) -> list[_Run]:
     """Run the engines A B C, C B A, …, so that a machine that slows down slows them all."""
     # The same condition for all of a batch: their noise differs.
-    given = [np.stack([to_float(scene[: spec.condition_frames])] * plan.batch) for scene in scenes]
+    given = [np.stack([condition] * plan.batch) for condition in conditions]
     runs = [_Run([], [], 0) for _ in jobs]
     with ExitStack() as stack:
         workers = []
@@ -223,7 +238,7 @@ def _record(
         top_p=plan.sampling.top_p,
         interleaved=together,
         frames=spec.video[0] - spec.condition_frames,
-        steps=spec.blocks,
+        steps=spec.steps,
         total_ns=[sum(ns for _, ns in result.spans) for result in run.results],
         encode_ns=spans("encode"),
         prefill_ns=spans("prefill"),
@@ -239,6 +254,6 @@ def _record(
 
 def _compare(results: Sequence[Result], reference: Sequence[Result], spec: SystemSpec) -> tuple[float, int | None]:
     """Share of predicted tokens that are equal, and the earliest in generation order that is not."""
-    predicted = spec.order()[spec.condition_tokens :]
+    predicted = spec.order()[-spec.blocks * spec.block_size :]
     equal = np.concatenate([(a.tokens == b.tokens)[:, predicted] for a, b in zip(results, reference, strict=True)])
     return float(equal.mean()), None if equal.all() else int((~equal).any(0).argmax())

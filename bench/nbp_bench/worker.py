@@ -79,20 +79,22 @@ class _Calls:
         self.session = open_engine(job)
         self.generator = Generator(self.session, job.sampling, job.seed)
 
-    def warm_up(self, frames: np.ndarray) -> None:
+    def warm_up(self, condition: np.ndarray) -> None:
         """Every graph once, a few steps: first calls allocate and choose kernels."""
-        condition = self.session.encode(frames)
-        for tokens in islice(self.generator.blocks(condition), WARM_UP_BLOCKS):
+        spec = self.session.spec
+        given = condition if spec.hybrid else self.session.encode(condition)
+        for tokens in islice(self.generator.blocks(given), WARM_UP_BLOCKS):
             last = tokens
-        self.session.decode(last)
+        self.session.decode(spec.codes(last))
 
-    def predict(self, frames: np.ndarray, sample: int) -> Result:
-        """A whole clip."""
-        return Result.of(self.generator.predict(frames, sample))
+    def predict(self, condition: np.ndarray, sample: int) -> Result:
+        """A whole clip after given frames, or of a class."""
+        make = self.generator.generate if self.session.spec.hybrid else self.generator.predict
+        return Result.of(make(condition, sample))
 
-    def first_frame(self, frames: np.ndarray, sample: int) -> Result:
-        """A streamed clip, up to its first predicted frames."""
-        return Result.of(next(self.generator.stream(frames, sample)))
+    def first_frame(self, condition: np.ndarray, sample: int) -> Result:
+        """A streamed clip, up to its first frames."""
+        return Result.of(next(self.generator.stream(condition, sample)))
 
     def peak_memory(self) -> int:
         """Bytes, of the whole life of this process."""

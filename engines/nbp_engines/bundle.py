@@ -10,15 +10,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from nbp_engines.errors import BundleError, ReceiptWarning
 from nbp_engines.sampling import Sampling
-from nbp_engines.spec import NUMPY_DTYPES, GraphSpec, SystemSpec
+from nbp_engines.spec import GraphSpec, SystemSpec
 from nbp_engines.strict import ANYTHING, FLAG, FROM_0, TEXT, Kind, Rule, check, loads, matching, number, whole
 
 SCHEMA = 2
@@ -135,10 +132,7 @@ class Manifest:
             "inputs": [t for graph in graphs for t in graph.inputs if t.name not in shared],
             "outputs": [t for graph in graphs for t in graph.outputs if t.name not in graph.aliases],
         }
-        return {
-            use: sum(prod(t.shape) * np.dtype(NUMPY_DTYPES[t.dtype]).itemsize for t in those)
-            for use, those in tensors.items()
-        }
+        return {use: sum(t.nbytes for t in those) for use, those in tensors.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the graphs' inputs and outputs are spelled out for readers without this package."""

@@ -3,7 +3,7 @@
 Each cache's input and output are bound to the same buffer, so the runtime writes new rows in place.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from nbp_engines import sampling
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import EngineError
-from nbp_engines.spec import GraphSpec
+from nbp_engines.spec import NUMPY_DTYPES, GraphSpec
 
 
 class _Graph:
@@ -44,27 +44,50 @@ class _Graph:
 class OrtSession:
     """A bundle in ONNX Runtime's CPU provider. See `nbp_engines.session.Session`."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, graphs: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        graphs: Collection[str] | None = None,
+        lean: bool = False,
+        models: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Load the graphs, or only some; `threads` inside an operator, the runtime's own choice if None.
 
-        Raises EngineError if ONNX Runtime is missing or refuses a graph.
+        `lean` runs the graphs as they are written, weights read from the file as they are used: little memory, quick
+        to load, slow to run. `models` are graphs to run in place of the bundle's files, on the same weights.
+
+        Raises EngineError if ONNX Runtime is missing or refuses a graph, or cannot compute in the bundle's dtype.
         """
         try:
             import onnxruntime as ort
         except ModuleNotFoundError:
             raise EngineError("running ONNX bundles needs ONNX Runtime: pip install 'nbp-export[cpu]'") from None
         self.spec = bundle.manifest.spec
+        if self.spec.dtype not in NUMPY_DTYPES:
+            raise EngineError(
+                f"{bundle.path} is {self.spec.dtype}, which ONNX Runtime's CPU kernels do not compute in: "
+                "export it with --dtype fp16 or fp32"
+            )
         self.caches = {t.name: t.empty() for t in self.spec.caches()}
         self._bundle = bundle
         self._graphs: dict[str, _Graph] = {}
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+        if lean:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else all weights are widened at the start
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
         for name, spec in bundle.manifest.graph_specs().items():
             if graphs is not None and name not in graphs:
                 continue
             path = bundle.graph_file(name)
             try:
-                session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(
+                    (models or {}).get(name, path), options, providers=["CPUExecutionProvider"]
+                )
             except Exception as error:  # the runtime's own exceptions share no base but this
                 raise EngineError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
             self._graphs[name] = _Graph(session, spec, self.caches)

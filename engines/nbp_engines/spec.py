@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 NUMPY_DTYPES: dict[str, type] = {"fp32": np.float32, "fp16": np.float16, "int64": np.int64}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory."""
+        return prod(self.shape) * BYTES[self.dtype]
 
     def empty(self) -> np.ndarray:
         """A zeroed buffer for it."""
@@ -53,7 +59,7 @@ class SystemSpec:
         video: (F, height, width) in pixels of a whole clip.
         condition_frames: video frames that are given.
         batch: clips generated at once, B.
-        dtype: fp32 or fp16, of weights, caches and logits; tokens are int64 and video fp32 always.
+        dtype: fp32, fp16 or bf16, of weights, caches and logits; tokens are int64 and video fp32 always.
         layers, heads, head_dim, vocab: of the generator.
         text_tokens: of a hybrid's condition; 0 for frame prediction.
         text_vocab: text token ids of a hybrid.

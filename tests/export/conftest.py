@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nbp_engines.bundle import Bundle
+from nbp_export.graphs import TORCH_DTYPES
 from nbp_export.onnx_bundle import export
 from tests.export.support import Exported, source
 
@@ -21,9 +22,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
 
     @cache
     def make(block: str, dtype: str, batch: int, tokenizer: bool, latent: tuple[int, int, int]) -> Exported:
-        model = source(block, tokenizer, latent)
         out = tmp_path_factory.mktemp("bundles") / f"small-{block}-{dtype}"
-        return Exported(export(model, out, dtype, batch), model)
+        bundle = export(source(block, tokenizer, latent), out, dtype, batch)
+        model = source(block, tokenizer, latent)
+        for part in (model.generator, model.tokenizer):
+            if part:
+                part.to(TORCH_DTYPES[dtype]).float()
+        return Exported(bundle, model)
 
     def exported(
         block: str,

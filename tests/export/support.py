@@ -57,9 +57,9 @@ def rubbish(bundle: Bundle) -> dict[str, np.ndarray]:
 class HandDriven:
     """The block loop in plain calls, the caches handed from one call to the next as arrays."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *graphs: str) -> None:
         self.spec = bundle.manifest.spec
-        self.graphs = {name: by_hand(bundle, name) for name in ("prefill", "step")}
+        self.graphs = {name: by_hand(bundle, name) for name in graphs or ("prefill", "step")}
         self.caches = rubbish(bundle)
 
     def call(self, graph: str, tokens: np.ndarray, position: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto
 
 from nbp_engines.bundle import Bundle
-from nbp_export.onnx_bundle import TOOLS
+from nbp_export.proof import TOOLS
 from nbp_export.parity import TOLERANCE
 from nbp_export.weights import weights_sha256
 from tests.export.support import Exported
@@ -35,13 +35,20 @@ def graphs(bundle: Bundle) -> Iterator[tuple[str, ModelProto]]:
 def test_the_files_are_the_documented_ones(full: Exported) -> None:
     found = {path.name for path in full.bundle.path.iterdir()}
     graphs = {"encode.onnx", "prefill.onnx", "step.onnx", "decode.onnx"}
-    assert found == graphs | {"manifest.json", "receipt.json", "generator.data", "encode.data", "decode.data"}
+    assert found == graphs | {
+        "manifest.json",
+        "receipt.json",
+        "weights.json",
+        "generator.data",
+        "encode.data",
+        "decode.data",
+    }
 
 
 def test_without_a_tokenizer_there_are_the_generators_graphs_alone(exported: Exporter) -> None:
     bundle = exported("1x2x2", batch=2).bundle
     found = {path.name for path in bundle.path.iterdir()}
-    assert found == {"prefill.onnx", "step.onnx", "manifest.json", "receipt.json", "generator.data"}
+    assert found == {"prefill.onnx", "step.onnx", "manifest.json", "receipt.json", "weights.json", "generator.data"}
     assert set(bundle.manifest.graphs) == {"prefill", "step"}
     assert "tokenizer" not in bundle.manifest.model["config"]
 

@@ -19,7 +19,8 @@ from nbp_engines.bundle import Bundle, File
 from nbp_export import onnx_bundle, parity
 from nbp_export.graphs import graph_module, trace
 from nbp_export.onnx_bundle import export
-from nbp_export.parity import Check, ParityError, check_bundle, compare, step_positions
+from nbp_export.parity import Check, ParityError, check_generator, check_tokenizer, compare, step_positions
+from nbp_export.sources import Source
 from nbp_reference import model as reference
 from nbp_reference.config import ModelConfig
 from nbp_reference.tokenizer import FSQ, CausalConv3d, VideoTokenizer
@@ -208,10 +209,16 @@ def resealed(bundle: Bundle) -> Bundle:
     return Bundle.open(bundle.path)
 
 
+def checked(bundle: Bundle, source: Source) -> list[Check]:
+    """The checks of every graph that the manifest lists."""
+    checks = list(check_generator(bundle, source.generator))
+    return checks + list(check_tokenizer(bundle, source.tokenizer) if source.tokenizer else ())
+
+
 def caught(bundle: Bundle, made: Exported, graph: str, where: str) -> str:
     """The report of the fault, which names the graph and where it is."""
     with pytest.raises(ParityError) as error:
-        list(check_bundle(bundle, made.source.generator, made.source.tokenizer))
+        checked(bundle, made.source)
     message = error.value.message
     assert str(bundle.graph_file(graph)) in message
     assert re.search(f"differs from the reference at [^:]*: {where}", message), message
@@ -244,7 +251,7 @@ def test_the_tracing_itself_is_no_fault(exported: Exporter, copied: Callable[...
     module = graph_module(bundle.manifest.spec, "step", copy.deepcopy(made.source.generator))
     with torch.no_grad():
         ir.save(trace(module, bundle.manifest.graph_specs()["step"]), bundle.graph_file("step"))
-    checks = list(check_bundle(resealed(bundle), made.source.generator, None))
+    checks = list(check_generator(resealed(bundle), made.source.generator))
     assert {check.graph for check in checks} == {"prefill", "step"}
 
 
@@ -334,7 +341,7 @@ def test_other_weights_are_caught_in_either_dtype(
     generator = copy.deepcopy(made.source.generator)
     generator.get_parameter("blocks.0.mlp.2.weight").data *= 1.1
     with pytest.raises(ParityError, match=r"prefill\.onnx differs from the reference at cache_pos"):
-        list(check_bundle(bundle, generator, None))
+        list(check_generator(bundle, generator))
 
 
 def test_an_export_that_fails_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
