@@ -1,51 +1,83 @@
 """Reads weights: the authors' generator `.ckpt` and tokenizer `.pt`, and our own safetensors; writes the last.
 
 Pickles are opened with `weights_only=True` and `argparse.Namespace` allowed, nothing more: no code in a file runs.
+Tensors stay memory-mapped where they are fp32 already, and are widened where they are not.
 """
 
-import argparse
 import json
-from collections.abc import Callable, Mapping
+import re
+from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nbp_reference import fit
 from nbp_reference.config import TOKENIZERS, BlockShape, ModelConfig, TextCondition, TokenizerConfig
 from nbp_reference.errors import BlockShapeError, CheckpointError
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
-C = TypeVar("C")
-M = TypeVar("M", bound=nn.Module)
-
 WEIGHTS = Path(__file__).parent / "weights"  # of the bundled nbp-tiny
 
 # A file's content can have any form; these are what using it as a model raises where it is another.
-_MALFORMED = (ArithmeticError, AttributeError, BlockShapeError, LookupError, RuntimeError, TypeError, ValueError)
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+_ZIP = b"PK\x03\x04"
+# What is taken for a checkpoint by mistake, by its first bytes.
+_MISTAKEN = {
+    b"\x80": "saved in torch's old format; where you trust it, save it again: "
+    "torch.save(torch.load(OLD, weights_only=False), NEW)",
+    b"version https://git-lfs": "a Git LFS pointer, not yet the file itself: run `git lfs pull`",
+    b"\x1f\x8b": "compressed: run `gunzip` on it first",
+    b"\x89PNG": "a PNG picture, no checkpoint",
+    b"<": "a web page or other XML, no checkpoint: the download went wrong",
+    b"\x08": "perhaps an ONNX graph, no checkpoint: what it was made from is needed",
+    b"": "neither a PyTorch checkpoint nor safetensors",
+}
 
 
 class Checkpoint(NamedTuple):
-    """What a file held, in evaluation mode."""
+    """What a file held, in evaluation mode.
+
+    Attributes:
+        generator, tokenizer: None where the file has none.
+        exact_block: whether the file told the shape of the generator's block; the authors' tell its size alone.
+    """
 
     generator: NextBlockTransformer | None
     tokenizer: VideoTokenizer | None
+    exact_block: bool
 
 
 def load(path: Path) -> Checkpoint:
-    """Load any supported file; what kind it is, the file itself says.
+    """Load any supported file; what kind it is, its content says, not its name.
 
     Raises CheckpointError, naming the file and what does not fit.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
-    read = _load_safetensors if path.suffix == ".safetensors" else _load_pickle
     try:
-        return read(path)
+        if not path.is_file():
+            raise CheckpointError("not a file" if path.exists() else "no such file")
+        with path.open("rb") as file:
+            start = file.read(24)
+            if start.startswith(_ZIP):
+                # torch hands a name that ends in .safetensors to another reader.
+                return _load_zip(path, f"/dev/fd/{file.fileno()}" if path.suffix == ".safetensors" else str(path))
+        if start[8:9] == b"{":
+            return _load_safetensors(path)
+        raise CheckpointError(next(what for begin, what in _MISTAKEN.items() if start.startswith(begin)))
+    except (BlockShapeError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except _MALFORMED as error:
-        raise CheckpointError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {fit.shown(str(error))}"
+        raise CheckpointError(f"{path} does not describe a model: {what}") from error
 
 
 def bundled(block: BlockShape, hybrid: bool = False) -> tuple[NextBlockTransformer, VideoTokenizer]:
@@ -92,84 +124,116 @@ def _load_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    if "generator" in metadata:
-        model_config = ModelConfig.from_json(json.loads(metadata["generator"]))
-        return Checkpoint(_filled(NextBlockTransformer, model_config, state, path), None)
-    if "tokenizer" in metadata:
-        tokenizer_config = TokenizerConfig.from_json(json.loads(metadata["tokenizer"]))
-        return Checkpoint(None, _filled(VideoTokenizer, tokenizer_config, state, path))
-    raise CheckpointError(f"{path}: its metadata names neither a generator nor a tokenizer; was it written by `save`?")
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise CheckpointError(f"damaged or incomplete: {fit.shown(str(error))}") from error
+    for kind in ("generator", "tokenizer"):
+        if kind in metadata:
+            described = json.loads(metadata[kind])
+            fit.refuse(fit.miscounts(described))
+            if kind == "generator":
+                return Checkpoint(fit.generator(ModelConfig.from_json(described), state), None, exact_block=True)
+            return Checkpoint(None, fit.tokenizer(TokenizerConfig.from_json(described), state), exact_block=True)
+    raise CheckpointError("its metadata names neither a generator nor a tokenizer; was it written by `save`?")
 
 
-def _load_pickle(path: Path) -> Checkpoint:
+def _load_zip(path: Path, way: str) -> Checkpoint:
+    """Read what `torch.save` wrote; `way` is the path, or another way to the same file."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (BadZipFile, EOFError, NotImplementedError) as error:
+        raise CheckpointError(f"damaged or incomplete: {fit.shown(str(error))}. Copy it again") from error
+    names = {PurePosixPath(entry.filename).name for entry in entries}
+    if "data.pkl" not in names or "constants.pkl" in names:  # the latter is TorchScript's: code
+        raise CheckpointError("a zip, but none that torch.save wrote")
+    # Mapped into memory as they are, compressed numbers would pass for weights.
+    if packed := [entry.filename for entry in entries if entry.compress_type != ZIP_STORED]:
+        raise CheckpointError(f"{fit.shown(packed[0])} in it is compressed: was it zipped again? Get the original")
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            data = torch.load(way, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {fit.shown(asked[1])}" if asked else "it does what weights and plain data never do"
+        raise CheckpointError(f"cannot be read without running code from it: {what}") from error
     except Exception as error:  # torch raises whatever a broken zip, pickle or storage raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read without running code from it: {reason}") from error
+        raise CheckpointError(f"damaged or incomplete: {type(error).__name__}, {fit.shown(str(error))}") from error
     if isinstance(data, dict) and "state_dict" in data:
-        return _from_lightning(data, path)
+        return _from_lightning(data)
     if isinstance(data, dict) and "model_state_dict" in data:
         state = _stripped(data["model_state_dict"], "module.")
-        return Checkpoint(None, _filled(VideoTokenizer, TOKENIZERS["official"], state, path))
-    raise CheckpointError(f"{path}: no `state_dict` (generator) and no `model_state_dict` (tokenizer) in it")
+        return Checkpoint(None, fit.tokenizer(TOKENIZERS["official"], state), exact_block=False)
+    raise CheckpointError("no `state_dict` (generator) and no `model_state_dict` (tokenizer) in it")
 
 
-def _from_lightning(data: Mapping[str, Any], path: Path) -> Checkpoint:
-    args = data.get("hyper_parameters", {}).get("args")
-    if args is None:
-        raise CheckpointError(f"{path}: hyper_parameters.args is missing: the file does not say what model it holds")
+def _from_lightning(data: Mapping[str, Any]) -> Checkpoint:
+    held = data.get("hyper_parameters")
+    args = held.get("args") if isinstance(held, Mapping) else None
+    if not isinstance(args, Namespace):
+        raise CheckpointError("hyper_parameters.args is missing: the file does not say what model it holds")
+    hybrid = getattr(args, "hybrid", None)
+    if not hybrid and not getattr(args, "unconditional", True):
+        raise CheckpointError(
+            "class-conditional without being hybrid (args.unconditional and args.hybrid are false): "
+            "no such model was published, and none is supported"
+        )
     keys = _stripped(data["state_dict"], "module.")
     state = {k: v for k, v in _stripped(keys, "transformer.", only=True).items() if "mask" not in k}
     state.pop("uncond_embedding", None)  # for classifier-free guidance, which no published result uses
-    vocab, width = state["tok_emb.weight"].shape
-    positions = state["pos_emb"].shape[1]
-    config = ModelConfig(args.n_layer, width, args.n_head, vocab, positions).with_block(str(args.token_number_per_step))
-    if getattr(args, "hybrid", False):
-        config = _hybrid(config, args.cond_token_num, path)
-    if width != args.n_embd:
-        raise CheckpointError(f"{path}: tok_emb is {width} wide, its own arguments say n_embd={args.n_embd}")
+    vocab, width = _axes(state, "tok_emb.weight", "V, C")
+    _, positions, _ = _axes(state, "pos_emb", "1, P, C")
+    config = ModelConfig(_argument(args, "n_layer"), width, _argument(args, "n_head"), vocab, positions)
+    config = config.with_block(str(_argument(args, "token_number_per_step", 1)))
+    if hybrid:
+        config = _hybrid(config, _argument(args, "cond_token_num"))
+    if width != (stated := _argument(args, "n_embd")):
+        raise CheckpointError(f"tok_emb is {width} wide, its own arguments say n_embd={stated}")
     tokens = _stripped(_stripped(keys, "first_stage_model.", only=True), "module.")
-    tokenizer = _filled(VideoTokenizer, TOKENIZERS["official"], tokens, path) if tokens else None
-    return Checkpoint(_filled(NextBlockTransformer, config, state, path), tokenizer)
+    tokenizer = fit.tokenizer(TOKENIZERS["official"], tokens) if tokens else None
+    return Checkpoint(fit.generator(config, state), tokenizer, exact_block=False)
 
 
-def _hybrid(config: ModelConfig, text_tokens: int, path: Path) -> ModelConfig:
+def _hybrid(config: ModelConfig, text_tokens: int) -> ModelConfig:
     """The class-conditional model of that size: L special token ids, then text, then video."""
     special, codes = config.block.size, TOKENIZERS["official"].vocab
     text = TextCondition(text_tokens, config.vocab - special - codes)
     if text.vocab < 1:
         raise CheckpointError(
-            f"{path}: tok_emb.weight has {config.vocab} rows, a hybrid has more: {special} special token ids, "
+            f"tok_emb.weight has {config.vocab} rows, a hybrid has more: {special} special token ids, "
             f"its text's (32000 with LLaMA's tokenizer) and {codes} of the video tokenizer"
         )
-    if text_tokens < 1:
-        raise CheckpointError(f"{path}: a hybrid without text: cond_token_num is {text_tokens}")
     return replace(config, condition_latents=0, text=text)
 
 
-def _stripped(state: Mapping[str, Tensor], prefix: str, only: bool = False) -> dict[str, Tensor]:
+def _argument(args: Namespace, name: str, default: int | None = None) -> int:
+    """A number that the training was started with, or what the authors' code takes where it is missing."""
+    value = getattr(args, name, default)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"hyper_parameters.args.{name} is {fit.shown(value)}, expected a positive integer")
+    return value
+
+
+def _axes(state: Mapping[str, object], key: str, axes: str) -> list[int]:
+    """The shape of a tensor that the config is read from, which must have these axes."""
+    tensor = state.get(key)
+    if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.ndim != len(axes.split()):
+        raise CheckpointError(f"{key}: expected [{axes}], found {fit.form(tensor)}")
+    return list(tensor.shape)
+
+
+def _stripped(state: object, prefix: str, only: bool = False) -> dict[str, object]:
     """Keys without the prefix; with `only`, just those that had it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if not only or k.startswith(prefix)}
-
-
-def _filled(kind: Callable[[C], M], config: C, state: Mapping[str, Tensor], path: Path) -> M:
-    """A model that takes the tensors as they are, without a second copy of the weights."""
-    with torch.device("meta"):
-        model = kind(config)
-    expected = model.state_dict()
-    problems = [
-        f"{key}: expected {list(expected[key].shape) if key in expected else 'no such key'}, "
-        f"found {list(state[key].shape) if key in state else 'nothing'}"
-        for key in sorted(expected.keys() | state.keys())
-        if key not in expected or key not in state or expected[key].shape != state[key].shape
-    ]
-    if problems:
-        more = f" … and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path} does not fit its own config. {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"expected a dictionary of tensors, found {fit.shown(state)}")
+    found: dict[str, object] = {}
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"expected names as keys, found {fit.shown(key)}")
+        name = key.removeprefix(prefix)
+        if only and key == name:
+            continue
+        if name in found:
+            raise CheckpointError(f"{fit.shown(name)} is in it twice, with and without `{prefix}`")
+        found[name] = value
+    return found

@@ -1,7 +1,6 @@
 """Loading weights: the authors' two formats at small size, our own, and what must be refused."""
 
 import json
-import pickle
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -160,7 +159,7 @@ def reshape(state: dict[str, Tensor]) -> str:
 
 def add(state: dict[str, Tensor]) -> str:
     state["transformer.blocks.2.ln1.weight"] = torch.ones(32)
-    return r"blocks\.2\.ln1\.weight: expected no such key, found \[32\]"
+    return r"'blocks\.2\.ln1\.weight': expected no such key, found \[32\]"
 
 
 def empty(state: dict[str, Tensor]) -> str:
@@ -170,7 +169,7 @@ def empty(state: dict[str, Tensor]) -> str:
 
 def flatten(state: dict[str, Tensor]) -> str:
     state["transformer.pos_emb"] = torch.zeros(32)
-    return "does not describe a model"
+    return r"pos_emb: expected \[1, P, C\], found \[32\]"
 
 
 @pytest.mark.parametrize("damage", [drop, reshape, add, empty, flatten], ids=lambda f: str(f.__name__))
@@ -192,11 +191,11 @@ def test_a_long_list_of_misfits_is_cut(generator: NextBlockTransformer, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hybrid": True}, "tok_emb.weight has 50 rows, a hybrid has more: 16 special"),
+        ({"hybrid": True, "cond_token_num": 8}, "tok_emb.weight has 50 rows, a hybrid has more: 16 special"),
         ({"n_embd": 64}, "tok_emb is 32 wide, its own arguments say n_embd=64"),
         ({"token_number_per_step": 3}, "block 1x1x3 does not tile"),
-        ({"token_number_per_step": None}, "block 'None' is neither"),
-        ({"n_layer": "two"}, "TypeError"),
+        ({"token_number_per_step": None}, "args.token_number_per_step is None, expected a positive integer"),
+        ({"n_layer": "two"}, "args.n_layer is 'two', expected a positive integer"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(
@@ -210,9 +209,9 @@ def test_arguments_that_do_not_fit_are_named(
     ("data", "message"),
     [
         ({"state_dict": {}}, "hyper_parameters.args is missing"),
-        ({"state_dict": {}, "hyper_parameters": [1]}, "does not describe a model"),
-        ({"state_dict": [], "hyper_parameters": {"args": Namespace()}}, "does not describe a model"),
-        ({"model_state_dict": {"module.x": 1}}, "does not describe a model"),
+        ({"state_dict": {}, "hyper_parameters": [1]}, "hyper_parameters.args is missing"),
+        ({"state_dict": [], "hyper_parameters": {"args": Namespace()}}, "expected a dictionary of tensors, found a list"),
+        ({"model_state_dict": {"module.x": 1}}, "5 layers, expected at most one for each of 1 tensors"),
         ({"weights": {}}, "no `state_dict`"),
         ([1, 2], "no `state_dict`"),
         (torch.zeros(2), "no `state_dict`"),
@@ -222,34 +221,6 @@ def test_arguments_that_do_not_fit_are_named(
 def test_other_content_is_refused(data: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(written(data, tmp_path / "a.ckpt"))
-
-
-class Gadget:
-    """Runs code of its maker's choice, here the making of a folder, in whoever unpickles it."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        import os
-
-        return os.mkdir, (str(self.target),)
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["torch_zip", "bare_pickle"])
-def test_code_in_a_file_does_not_run(zipped: bool, generator: NextBlockTransformer, tmp_path: Path) -> None:
-    path, target = tmp_path / "a.ckpt", tmp_path / "gadget_ran"
-    data = lightning(generator) | {"callbacks": Gadget(target)}
-    if zipped:
-        torch.save(data, path)
-    else:
-        path.write_bytes(pickle.dumps(data))
-    with pytest.raises(CheckpointError, match="cannot be read without running code"):
-        checkpoint.load(path)
-    assert not target.exists()
-    if zipped:
-        torch.load(path, weights_only=False)
-        assert target.exists(), "the gadget must work, or this test shows nothing"
 
 
 @given(share=st.floats(0, 0.999))
@@ -268,7 +239,7 @@ def test_a_truncated_file_is_refused(share: float, tmp_path_factory: pytest.Temp
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.ckpt", tmp_path):
-        with pytest.raises(CheckpointError, match="is not a file"):
+        with pytest.raises(CheckpointError, match=f"{path}: (no such file|not a file)"):
             checkpoint.load(path)
 
 
