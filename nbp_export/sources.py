@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 
 from nbp_engines.errors import UsageError
+from nbp_export.hub import fetch
 from nbp_reference import checkpoint
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
+from nbp_reference.errors import CheckpointError
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
@@ -20,10 +22,11 @@ class Request(NamedTuple):
 
     Attributes:
         model: a named size.
-        checkpoint, tokenizer: files.
+        checkpoint, tokenizer: files, here or on the Hub.
         weights: `random`: of the named size, or of the checkpoint's.
         block: shape or size; the model's own if None.
         timing_only: take a checkpoint that was trained for another block.
+        or_random: where no bundled weights are for the block, random ones.
     """
 
     model: str | None = None
@@ -32,6 +35,7 @@ class Request(NamedTuple):
     weights: str | None = None
     block: str | None = None
     timing_only: bool = False
+    or_random: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def find(request: Request) -> Source:
     if request.checkpoint:
         if request.model:
             raise UsageError("--checkpoint says what the model is: leave out --model")
-        return _from_checkpoint(request, request.checkpoint)
+        return _from_checkpoint(request, fetch(request.checkpoint))
     if request.tokenizer:
         raise UsageError("--tokenizer completes a --checkpoint; a named model brings its own: leave it out")
     name = request.model or TINY[0]
@@ -81,7 +85,7 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
         raise UsageError(f"{path} holds only a tokenizer: give the generator as --checkpoint, this one as --tokenizer")
     tokenizer = loaded.tokenizer
     if request.tokenizer:
-        tokenizer = checkpoint.load(request.tokenizer).tokenizer
+        tokenizer = checkpoint.load(fetch(request.tokenizer)).tokenizer
         if tokenizer is None:
             raise UsageError(f"{request.tokenizer} holds no tokenizer")
     if tokenizer and tokenizer.config.vocab != loaded.generator.config.codes:
@@ -92,8 +96,7 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
     if request.weights == "random":
         note = f"no checkpoint for block {config.block}: random weights of {path.name}'s size, speed means something"
         return Source(path.stem, random_generator(config), tokenizer, False, note)
-    # The authors' files tell the size of the block, not its shape.
-    fits = config.block == trained_for if path.suffix == ".safetensors" else config.block.size == trained_for.size
+    fits = config.block == trained_for if loaded.exact_block else config.block.size == trained_for.size
     if generator.config.text and config.block.size != trained_for.size:
         raise UsageError(
             f"{path} is class-conditional: {trained_for.size} of its token ids begin a video and fill its first block, "
@@ -127,6 +130,11 @@ def _random(name: str, config: ModelConfig) -> Source:
 
 def _bundled(name: str, request: Request) -> Source:
     config = MODELS[name].with_block(request.block or str(MODELS[name].block))
-    generator, tokenizer = checkpoint.bundled(config.block, hybrid=config.text is not None)
+    try:
+        generator, tokenizer = checkpoint.bundled(config.block, hybrid=config.text is not None)
+    except CheckpointError:
+        if request.or_random:
+            return _random(name, config)
+        raise
     asked = "" if request.model else " (no --model, no --checkpoint given)"
     return Source(name, generator, tokenizer, True, f"bundled {name} for block {config.block}{asked}")

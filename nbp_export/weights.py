@@ -5,8 +5,8 @@ held against the reference again without the checkpoint that it came from.
 """
 
 import hashlib
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from nbp_engines.bundle import Bundle
-from nbp_engines.errors import NbpError
+from nbp_engines.errors import BundleError, NbpError
+from nbp_engines.spec import BYTES
+from nbp_engines.strict import FLAG, TEXT, Rule, check, loads, matching, whole
 from nbp_export.graphs import TORCH_DTYPES
 from nbp_reference.config import ModelConfig, TokenizerConfig
 from nbp_reference.model import Block, NextBlockTransformer
@@ -26,6 +28,16 @@ from nbp_reference.tokenizer import VideoTokenizer
 ALIGNMENT = 4096  # bytes, a page: runtimes map the file
 INLINE = 1024  # bytes; smaller tensors stay in the graph's own file
 INDEX = "weights.json"
+
+INDEX_RULES: Rule = {
+    ...: {
+        "file": TEXT,
+        "offset": whole(0, 2**48),
+        "shape": [whole(1, 2**31 - 1)],
+        "dtype": matching("fp32, fp16 or bf16", "fp32|fp16|bf16"),
+        "transposed": FLAG,
+    }
+}
 
 Index = dict[str, dict[str, Any]]
 M = TypeVar("M", bound=nn.Module)
@@ -107,7 +119,7 @@ def weights_sha256(*models: nn.Module | None) -> str:
 def read_generator(bundle: Bundle) -> NextBlockTransformer:
     """The reference with a bundle's weights in fp32, whose layers are read one by one as they are used.
 
-    Raises NbpError if the bundle's index cannot be read, RuntimeError if it does not fit the bundle's config.
+    Raises NbpError if the bundle's index lies or does not fit the bundle's config.
     """
     config = ModelConfig.from_json(bundle.manifest.model["config"]["generator"])
     state = _state(bundle, "generator.")
@@ -121,7 +133,7 @@ def read_generator(bundle: Bundle) -> NextBlockTransformer:
 def read_tokenizer(bundle: Bundle) -> VideoTokenizer | None:
     """The tokenizer with a bundle's weights in fp32, as far as its graphs go; None if it has none.
 
-    Raises NbpError if the bundle's index cannot be read, RuntimeError if it does not fit the bundle's config.
+    Raises NbpError if the bundle's index lies or does not fit the bundle's config.
     """
     config = bundle.manifest.model["config"].get("tokenizer")
     if config is None:
@@ -150,34 +162,38 @@ class _LayersOnDemand(nn.ModuleList):
 
 
 def _filled(model: M, state: Mapping[str, Tensor]) -> M:
-    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    try:
+        model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise NbpError(f"{INDEX} does not fit the manifest's config: {error}") from error
     return model.eval()
 
 
 def _state(bundle: Bundle, prefix: str) -> dict[str, Tensor]:
     """Memory-mapped parameters."""
-    listed = {file.path for file in bundle.manifest.files}
+    path, files = bundle.path / INDEX, {file.path: file.size for file in bundle.manifest.files}
+    if INDEX not in files:
+        raise NbpError(f"{bundle.path} has no {INDEX}, so its weights cannot be found: export it again")
     try:
-        index: Index = json.loads((bundle.path / INDEX).read_bytes()) if INDEX in listed else {}
-        return {
-            name.removeprefix(prefix): _mapped(bundle.path, place, listed)
-            for name, place in index.items()
-            if name.startswith(prefix)
-        }
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise NbpError(
-            f"{bundle.path / INDEX} is no index of the weights ({error}): export the bundle again"
-        ) from error
+        index: Index = loads(path.read_bytes())
+        check(index, INDEX_RULES, INDEX)
+    except BundleError as error:
+        raise NbpError(f"{path}: {error.message}") from error
+    state = {}
+    for name, place in index.items():
+        end = place["offset"] + prod(place["shape"]) * BYTES[place["dtype"]]
+        if end > files.get(place["file"], 0):
+            raise NbpError(f"{path}: {name} ends at byte {end} of {place['file']}, of which the bundle has fewer")
+        if name.startswith(prefix):
+            state[name.removeprefix(prefix)] = _mapped(bundle.path / place["file"], place)
+    return state
 
 
-def _mapped(folder: Path, place: Mapping[str, Any], listed: Collection[str]) -> Tensor:
-    if place["file"] not in listed:
-        raise ValueError(f"{place['file']} is no file of the bundle")
+def _mapped(path: Path, place: Mapping[str, Any]) -> Tensor:
     dtype = TORCH_DTYPES[place["dtype"]]
     # numpy has no bf16: read bits, and let torch say what they mean. Mode c: torch wants memory that it could write.
     bits = np.int32 if dtype == torch.float32 else np.int16
-    data = np.memmap(folder / place["file"], bits, "c", place["offset"], tuple(place["shape"]))
-    stored = torch.from_numpy(data).view(dtype)
+    stored = torch.from_numpy(np.memmap(path, bits, "c", place["offset"], tuple(place["shape"]))).view(dtype)
     return stored.T if place["transposed"] else stored
 
 

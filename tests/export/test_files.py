@@ -11,8 +11,8 @@ import pytest
 from onnx import ModelProto
 
 from nbp_engines.bundle import Bundle
-from nbp_export.proof import TOOLS
 from nbp_export.parity import TOLERANCE
+from nbp_export.proof import TOOLS
 from nbp_export.weights import weights_sha256
 from tests.export.support import Exported
 

@@ -88,7 +88,8 @@ def test_the_graphs_of_a_hybrid(made: tuple[Bundle, Source]) -> None:
 @torch.inference_mode()
 def test_sampled_clips_are_the_references(made: tuple[Bundle, Source]) -> None:
     bundle, source = made
-    spec, settings, noises = bundle.manifest.spec, Sampling(top_k=60), []
+    spec, settings = bundle.manifest.spec, Sampling(top_k=60)
+    noises: list[np.ndarray] = []
     text, L = np.array([[1, 0, 0], [2, 0, 0]]), bundle.manifest.spec.block_size
 
     class Recording(OrtSession):
@@ -108,7 +109,8 @@ def test_sampled_clips_are_the_references(made: tuple[Bundle, Source]) -> None:
         return source.generator.block_step(tokens, at, k, v, write=tensor_scatter_)[0]
 
     logits(torch.from_numpy(text) + L, 0)
-    tokens, position, ids = torch.zeros(2, 1, dtype=torch.long), 3, []
+    tokens, position = torch.zeros(2, 1, dtype=torch.long), 3
+    ids: list[torch.Tensor] = []
     for number, noise in enumerate(noises[: L + spec.blocks - 1]):
         if number == L:
             first = torch.cat(ids[-1:], 1)[:, -1:]

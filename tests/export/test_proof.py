@@ -1,0 +1,250 @@
+"""Proving bundles on the weights that they hold: the way back to the reference, bf16, and `nbp-export verify`."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import TensorProto
+from torch import nn
+
+from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle, File
+from nbp_engines.errors import EngineError, NbpError
+from nbp_engines.ort import OrtSession
+from nbp_export.cli import main
+from nbp_export.graphs import TORCH_DTYPES
+from nbp_export.onnx_bundle import export
+from nbp_export.parity import ParityError, check_generator, fp32_twin
+from nbp_export.proof import prove
+from nbp_export.sources import Source
+from nbp_export.weights import INDEX, WeightPool, read_generator, read_tokenizer
+from tests.export.support import Exported, source
+
+Exporter = Callable[..., Exported]
+Copier = Callable[..., Bundle]
+FULL: dict[str, Any] = {"block": "1x1x4", "tokenizer": True}
+
+
+def resealed(bundle: Bundle) -> Bundle:
+    """The bundle as it is now, under a manifest that describes it."""
+    files = tuple(File.of(bundle.path / file.path) for file in bundle.manifest.files)
+    content = replace(bundle.manifest, files=files).to_bytes()
+    (bundle.path / MANIFEST).write_bytes(content)
+    return Bundle.of(bundle.path, content)
+
+
+def edited(bundle: Bundle, change: Callable[[dict[str, Any]], object]) -> Bundle:
+    """The bundle with another index of its weights."""
+    index = json.loads((bundle.path / INDEX).read_text())
+    change(index)
+    (bundle.path / INDEX).write_text(json.dumps(index))
+    return resealed(bundle)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_weights_come_back_as_they_were_rounded(dtype: str, exported: Exporter) -> None:
+    bundle, made = exported(**FULL, dtype=dtype)
+    generator, tokenizer = read_generator(bundle), read_tokenizer(bundle)
+    assert tokenizer is not None
+    assert made.tokenizer is not None
+    state = generator.state_dict() | {
+        f"blocks.{i}.{key}": value
+        for i, layer in enumerate(generator.blocks)
+        for key, value in layer.state_dict().items()
+    }
+    for found, due in ((state, made.generator.state_dict()), (tokenizer.state_dict(), made.tokenizer.state_dict())):
+        assert found.keys() == due.keys()
+        for key, value in found.items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, due[key]), key
+
+
+def test_the_source_gives_its_memory_back(tmp_path: Path) -> None:
+    model = source("1x4x4")
+    export(model, tmp_path / "bundle")
+    assert {p.device.type for p in model.generator.parameters()} == {"meta"}
+
+
+def test_a_weight_that_the_graphs_do_not_hold_fails_the_export(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    held, other = (torch.from_numpy(rng.standard_normal((30, 20)).astype(np.float32)) for _ in range(2))
+    graph = ir.Graph([], [], nodes=[], initializers=[ir.Value(name="w", const_value=ir.tensor(held.T.numpy()))])
+    with WeightPool(tmp_path / "data") as pool:
+        pool.take(ir.Model(graph, ir_version=10))
+        places = pool.index({"held": held, "small": other[0]})
+        assert places["held"]["transposed"]
+        assert places["held"]["shape"] == [20, 30]
+        with pytest.raises(NbpError, match=r"other \[30, 20\] is in no exported graph"):
+            pool.index({"other": other})
+
+
+def other_file(index: dict[str, Any]) -> None:
+    index["generator.head.weight"]["file"] = "../../../etc/passwd"
+
+
+def unlisted_file(index: dict[str, Any]) -> None:
+    index["generator.head.weight"]["file"] = "receipt.json"
+
+
+def beyond_the_end(index: dict[str, Any]) -> None:
+    index["generator.head.weight"]["offset"] = 10**12
+
+
+def too_large(index: dict[str, Any]) -> None:
+    index["generator.head.weight"]["shape"] = [10**6, 10**6]
+
+
+def negative(index: dict[str, Any]) -> None:
+    index["generator.head.weight"]["shape"] = [-125, 64]
+
+
+def unknown_dtype(index: dict[str, Any]) -> None:
+    index["generator.head.weight"]["dtype"] = "fp8"
+
+
+def another_shape(index: dict[str, Any]) -> None:
+    index["generator.head.weight"]["shape"] = [64, 64]
+
+
+def missing(index: dict[str, Any]) -> None:
+    del index["generator.blocks.1.mlp.0.bias"]
+
+
+def no_table(index: dict[str, Any]) -> None:
+    index["generator.head.weight"] = 3
+
+
+LIES = [other_file, unlisted_file, beyond_the_end, too_large, negative, unknown_dtype, another_shape, missing, no_table]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda f: str(f.__name__))
+def test_an_index_that_lies_is_refused(lie: Callable[[dict[str, Any]], None], copied: Copier) -> None:
+    bundle = edited(copied("1x2x2", batch=2), lie)
+    with pytest.raises(NbpError, match=r"weights\.json"):
+        prove(bundle)
+
+
+def test_weights_exchanged_in_the_index_do_not_pass(copied: Copier) -> None:
+    def exchange(index: dict[str, Any]) -> None:
+        key, query = (f"generator.blocks.0.attn.{kind}.weight" for kind in ("key", "query"))
+        index[key], index[query] = index[query], index[key]
+
+    with pytest.raises(ParityError):
+        prove(edited(copied("1x2x2", batch=2), exchange))
+
+
+def test_the_twin_of_a_bf16_graph_knows_no_bf16_but_the_stored_weights(exported: Exporter) -> None:
+    bundle, _ = exported(**FULL, dtype="bf16")
+    for name in bundle.manifest.graphs:
+        twin = onnx.load_from_string(fp32_twin(bundle.graph_file(name)))
+        stored = [w for w in twin.graph.initializer if w.data_type == TensorProto.BFLOAT16]
+        assert stored
+        assert {node.input[0] for node in twin.graph.node if node.op_type == "Cast"} >= {w.name for w in stored}
+        for value in [*twin.graph.input, *twin.graph.output]:
+            assert value.type.tensor_type.elem_type != TensorProto.BFLOAT16
+        original = onnx.load(bundle.graph_file(name), load_external_data=False)
+        assert [n.op_type for n in twin.graph.node][len(stored) :] == [n.op_type for n in original.graph.node]
+
+
+def test_a_bf16_bundle_says_what_was_not_executed(exported: Exporter) -> None:
+    bundle, _ = exported(**FULL, dtype="bf16")
+    receipt = bundle.receipt()
+    assert receipt is not None
+    for place in (bundle.manifest.provenance, receipt):
+        assert place["executed"].startswith("not executed in bf16")
+    assert {check["tolerance"] for check in receipt["checks"]} >= {5e-5}
+    model = onnx.load(bundle.graph_file("step"), load_external_data=False)
+    assert model.graph.input[2].type.tensor_type.elem_type == TensorProto.BFLOAT16
+    with pytest.raises(EngineError, match="is bf16, which ONNX Runtime's CPU kernels do not compute in"):
+        OrtSession(bundle)
+
+
+def test_a_fault_in_a_bf16_graph_is_caught(exported: Exporter, copied: Copier) -> None:
+    bundle = copied(**FULL, dtype="bf16")
+    model = onnx.load(bundle.graph_file("step"), load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            node.input[1], node.input[2] = node.input[2], node.input[1]
+            break
+    onnx.save(model, bundle.graph_file("step"))
+    with pytest.raises(ParityError, match=r"step\.onnx"):
+        list(check_generator(resealed(bundle), exported(**FULL, dtype="bf16").source.generator))
+
+
+@torch.inference_mode()
+def test_a_lean_session_computes_the_same(exported: Exporter) -> None:
+    bundle, _ = exported("1x2x2", batch=2)
+    spec, rng, logits = bundle.manifest.spec, np.random.default_rng(0), []
+    tokens = rng.integers(0, spec.vocab, (2, spec.condition_tokens))
+    for lean in (False, True):
+        with OrtSession(bundle, threads=1, lean=lean) as session:
+            logits.append(session.prefill(tokens).copy())
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4, rtol=0)
+
+
+def verified(path: Path) -> tuple[int, str]:
+    done = CliRunner().invoke(main, ["verify", str(path)])
+    return done.exit_code, done.output
+
+
+@pytest.mark.parametrize("before", ["void", "missing", "valid"])
+def test_verify_writes_a_new_receipt(before: str, copied: Copier) -> None:
+    bundle = copied(**FULL)
+    old = bundle.receipt()
+    if before == "void":
+        (bundle.path / RECEIPT).write_text(json.dumps({"files": {}}))
+    elif before == "missing":
+        (bundle.path / RECEIPT).unlink()
+    code, output = verified(bundle.path)
+    assert code == 0, output
+    assert "checks against the reference passed, in fp32" in output
+    receipt = Bundle.open(bundle.path, require_receipt=True).receipt()
+    assert receipt == old  # the same files, the same arithmetic
+
+
+def test_verify_takes_the_receipt_of_a_bundle_that_fails(copied: Copier) -> None:
+    bundle = copied("1x2x2", batch=2)
+    model = onnx.load(bundle.graph_file("step"), load_external_data=False)
+    scatter = next(n for n in model.graph.node if n.op_type == "Attention")
+    scatter.attribute.append(onnx.helper.make_attribute("softcap", 3.0))
+    onnx.save(model, bundle.graph_file("step"))
+    receipt = {**(bundle.receipt() or {}), "files": resealed(bundle).hashes()}
+    (bundle.path / RECEIPT).write_text(json.dumps(receipt))  # as valid as a forger can make it
+    assert Bundle.open(bundle.path).receipt() is not None
+    code, output = verified(bundle.path)
+    assert code == 1
+    assert "softcap" in output
+    assert not (bundle.path / RECEIPT).exists()
+
+
+def test_verify_of_a_damaged_file_names_it(copied: Copier) -> None:
+    bundle = copied("1x2x2", batch=2)
+    with (bundle.path / "generator.data").open("r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    code, output = verified(bundle.path)
+    assert code == 1
+    assert "generator.data is not the file" in output
+
+
+def test_a_bundle_is_verified_where_it_was_moved(copied: Copier, tmp_path: Path) -> None:
+    moved = Path(shutil.move(copied("1x2x2", batch=2).path, tmp_path / "moved"))
+    assert verified(moved)[0] == 0
+
+
+def test_rounding_is_the_dtypes(exported: Exporter) -> None:
+    """The control of the first test: what it compares with is rounded."""
+    _, made = exported(**FULL, dtype="bf16")
+    weight = source(**FULL).generator.head.weight
+    assert isinstance(made, Source)
+    assert isinstance(weight, nn.Parameter)
+    assert torch.equal(made.generator.head.weight, weight.to(TORCH_DTYPES["bf16"]).float())
+    assert not torch.equal(made.generator.head.weight, weight)
