@@ -4,6 +4,7 @@ Each cache's input and output are bound to the same buffer, so the runtime write
 """
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -12,6 +13,8 @@ from nbp_engines import sampling
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import EngineError
 from nbp_engines.spec import NUMPY_DTYPES, GraphSpec
+
+ONNX_TYPES = {"fp32": "tensor(float)", "fp16": "tensor(float16)", "int64": "tensor(int64)"}
 
 
 class _Graph:
@@ -41,6 +44,22 @@ class _Graph:
         return self.outputs[self._spec.outputs[0].name]
 
 
+def _check(session: Any, spec: GraphSpec, path: Path) -> None:
+    """Raise EngineError unless the graph has the spec's inputs and outputs: the runtime writes to memory by address."""
+    for kind, tensors, declared in (
+        ("input", spec.inputs, session.get_inputs()),
+        ("output", spec.outputs, session.get_outputs()),
+    ):
+        due = {t.name: f"{ONNX_TYPES[t.dtype]} {list(t.shape)}" for t in tensors}
+        found = {value.name: f"{value.type} {value.shape}" for value in declared}
+        for name in due | found:
+            if found.get(name) != due.get(name):
+                raise EngineError(
+                    f"{path}: {kind} {name} is {found.get(name, 'missing')}, where the manifest has "
+                    f"{due.get(name, 'none')}: export the bundle again"
+                )
+
+
 class OrtSession:
     """A bundle in ONNX Runtime's CPU provider. See `nbp_engines.session.Session`."""
 
@@ -57,7 +76,8 @@ class OrtSession:
         `lean` runs the graphs as they are written, weights read from the file as they are used: little memory, quick
         to load, slow to run. `models` are graphs to run in place of the bundle's files, on the same weights.
 
-        Raises EngineError if ONNX Runtime is missing or refuses a graph, or cannot compute in the bundle's dtype.
+        Raises EngineError if ONNX Runtime is missing or refuses a graph, if it cannot compute in the bundle's dtype, or
+        if a graph has other inputs and outputs than the manifest says.
         """
         try:
             import onnxruntime as ort
@@ -69,9 +89,7 @@ class OrtSession:
                 f"{bundle.path} is {self.spec.dtype}, which ONNX Runtime's CPU kernels do not compute in: "
                 "export it with --dtype fp16 or fp32"
             )
-        self.caches = {t.name: t.empty() for t in self.spec.caches()}
         self._bundle = bundle
-        self._graphs: dict[str, _Graph] = {}
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
@@ -80,17 +98,20 @@ class OrtSession:
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else all weights are widened at the start
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
             options.add_session_config_entry("session.disable_prepacking", "1")
-        for name, spec in bundle.manifest.graph_specs().items():
+        specs, sessions = bundle.manifest.graph_specs(), {}
+        for name, spec in specs.items():
             if graphs is not None and name not in graphs:
                 continue
             path = bundle.graph_file(name)
             try:
-                session = ort.InferenceSession(
+                sessions[name] = ort.InferenceSession(
                     (models or {}).get(name, path), options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # the runtime's own exceptions share no base but this
                 raise EngineError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
-            self._graphs[name] = _Graph(session, spec, self.caches)
+            _check(sessions[name], spec, path)
+        self.caches = {t.name: t.empty() for t in self.spec.caches()}
+        self._graphs = {name: _Graph(session, specs[name], self.caches) for name, session in sessions.items()}
 
     def run(self, graph: str, **inputs: np.ndarray) -> np.ndarray:
         """Run one graph on named inputs; the first output's buffer, valid until the graph's next run."""

@@ -36,11 +36,11 @@ SPEC = SystemSpec(
 )
 
 
-def make(path: Path, runtime: str = "onnx") -> Path:
-    """An intact bundle as far as the files go; no runtime could run its graphs."""
+def make(path: Path, runtime: str = "onnx", **graphs: bytes) -> Path:
+    """An intact bundle as far as the files go; no runtime could run its graphs, unless they are given."""
     path.mkdir()
     for name in ("prefill.onnx", "step.onnx", "generator.data"):
-        (path / name).write_bytes(name.encode() * 100)
+        (path / name).write_bytes(graphs.get(Path(name).stem, name.encode() * 100))
     manifest = Manifest(
         schema=SCHEMA,
         runtime=runtime,
