@@ -22,8 +22,18 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", help=f"A named size: {SIZES}.  [default: the bundled nbp-tiny]")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="The authors' .ckpt, or our .safetensors.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="The authors' tokenizer .pt, or our .safetensors.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The authors' .ckpt, or our .safetensors: a path, or ORG/REPO[@REVISION][/FILE] on the Hugging Face Hub.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The authors' .pt, or ours; here or on the Hub.",
+)
 @click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing.")
 @click.option("--block", help="Block shape TxHxW in latent units, or a size.  [default: the model's own, else 1x1x16]")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True)

@@ -1,6 +1,7 @@
 """The command: what it exports, and how it refuses."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -129,6 +130,13 @@ def test_an_authors_file_tells_a_blocks_size_and_takes_any_shape_of_it(weights: 
     assert "trained for block 1x1x16, not 1x1x8" in refused(2, "--checkpoint", file, "--block", 8)
 
 
+def test_our_own_file_tells_a_blocks_shape_under_any_name(weights: Path, tmp_path: Path) -> None:
+    shutil.copy(weights / "small.safetensors", tmp_path / "small.ckpt")
+    assert "trained for block 1x2x2, not 1x1x4" in refused(
+        2, "--checkpoint", tmp_path / "small.ckpt", "--block", "1x1x4"
+    )
+
+
 def test_random_weights_are_the_same_every_time_and_say_so() -> None:
     first, second = (find(Request(model="nbp-tiny", weights="random", block="1x2x16")) for _ in range(2))
     assert not first.trained
@@ -192,13 +200,13 @@ def test_files_that_are_something_else(weights: Path, tmp_path: Path) -> None:
     assert "holds only a tokenizer" in refused(2, "--checkpoint", tokenizer)
     assert "holds no tokenizer" in refused(2, "--checkpoint", generator, "--tokenizer", generator)
     message = refused(2, "--checkpoint", weights / "k600_L16.ckpt", "--tokenizer", tokenizer)
-    assert "the tokenizer has 125 codes, the generator 320 ids" in message
-    assert "nowhere.ckpt is not a file" in refused(1, "--checkpoint", tmp_path / "nowhere.ckpt")
+    assert "the tokenizer has 125 codes, the generator 320 for video" in message
+    assert "nowhere.ckpt: no such file, and no Hub id" in refused(1, "--checkpoint", tmp_path / "nowhere.ckpt")
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     assert "junk.ckpt" in refused(1, "--checkpoint", tmp_path / "junk.ckpt")
 
 
-@pytest.mark.parametrize("option", [("--batch", 0), ("--dtype", "bf16"), ("--weights", "good"), ("--blocks", 16)])
+@pytest.mark.parametrize("option", [("--batch", 0), ("--dtype", "fp8"), ("--weights", "good"), ("--blocks", 16)])
 def test_options_that_are_none(option: tuple[str, object]) -> None:
     assert str(option[0]) in refused(2, *option)
 
