@@ -1,6 +1,9 @@
 """The `nbp-bench` command: parse, call, print."""
 
+import math
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -76,6 +79,60 @@ def main(
         console.width = 120
     check_golden(console)
     run(console, Plan(requests, chosen, video, clips, batch, threads, seed, out))
+
+
+def _number(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:  # noqa: ARG001
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number to work with.")
+    return value
+
+
+def _rate(context: click.Context, parameter: click.Parameter, value: str | None) -> Fraction | None:  # noqa: ARG001
+    try:
+        rate = None if value is None else Fraction(value).limit_denominator(1001)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate is not None and not 0 < rate <= 1000:
+        raise click.BadParameter(f"{value!r} is no number of frames a second, such as 25 or 30000/1001.")
+    return rate
+
+
+@main.command()
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="What `nbp-export onnx` made.")
+@click.option("--video", type=click.Path(path_type=Path), help="Predict from this video.")
+@click.option("--start", type=click.FloatRange(0, 1e6), callback=_number, default=0.0, help="Seconds into the video.")
+@click.option("--class", "class_name", help="Make a clip of this class, such as ApplyEyeMakeup.")
+@click.option("--text-ids", metavar="ID,ID…", help="The class as text ids, in place of its name.")
+@click.option("--text-tokenizer", type=click.Path(path_type=Path), help="LLaMA's tokenizer.model or tokenizer.json.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A .mp4, .gif, or .png of all frames.")
+@click.option("--force", is_flag=True, help="Replace the --out file if it is there.")
+@click.option("--rate", callback=_rate, metavar="FPS", help="Frames a second.  [default: the video's; 25 of a class]")
+@click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Of the sampling noise.")
+@click.option("--grid", type=click.IntRange(1, 400), help="Clips of as many seeds in one picture, beside the truth.")
+@click.option("--scale", type=click.IntRange(1, 64), help="Enlarge pixels.  [default: to at least 256 rows]")
+@click.option("--temperature", type=click.FloatRange(0), callback=_number, help="0 is greedy.  [default: the bundle's]")
+@click.option("--top-k", type=click.IntRange(1), help="[default: the bundle's]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_number, help="[default: the bundle's]")
+@click.option("--threads", type=click.IntRange(1), help="Threads inside an operator.  [default: the runtime's own]")
+def generate(temperature: float | None, top_k: int | None, top_p: float | None, **order: Any) -> None:
+    """Write a video of what a bundle predicts from yours, or makes of a class; the given frames framed in blue.
+
+    A video of any size and rate will do: it is scaled, its middle square taken, and what was done is told.
+    """
+    from nbp_export._extras import need
+
+    need("bench", "av", "rich")
+    from rich.console import Console
+
+    from nbp_bench.generate import Order
+    from nbp_bench.generate import generate as make
+    from nbp_engines.errors import plain_warnings
+
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {name: value for name, value in drawn.items() if value is not None}
+    console = Console(stderr=True, highlight=False, markup=False)
+    with plain_warnings():
+        click.echo(make(console, Order(sampling=sampling, **order)))
 
 
 def _pair(text: str) -> tuple[str, Path]:

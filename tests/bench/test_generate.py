@@ -1,6 +1,7 @@
 """The `generate` command: what it writes, what it tells, and what it refuses."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer, models
 
 from nbp_bench import video
 from nbp_bench.cli import main
-from nbp_engines.bundle import Bundle
+from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.generator import Generator
 from nbp_engines.sampling import GREEDY, Sampling
 from nbp_engines.session import open_session
@@ -354,6 +355,15 @@ def test_a_bundle_without_a_tokenizer_or_none_at_all(
     assert "is not a bundle" in refused(1, *rest, tmp_path)
     pretend(monkeypatch, graphs={"prefill": "prefill.onnx", "step": "step.onnx"})
     assert "has no decode graph: export it with --tokenizer FILE" in refused(2, *rest, bundles())
+
+
+@pytest.mark.filterwarnings("default::nbp_engines.errors.ReceiptWarning")
+def test_a_bundle_that_nothing_proves_is_one_line(bundles: Bundles, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundles(), tmp_path / "copy"))
+    (copy / RECEIPT).unlink()
+    result = made("--bundle", copy, "--video", film(tmp_path / "in.mp4"), "--out", tmp_path / "out.mp4")
+    (line,) = [line for line in result.stderr.splitlines() if "Warning" in line]
+    assert line.startswith(f"Warning: {copy} has no valid receipt")
 
 
 @pytest.mark.parametrize(

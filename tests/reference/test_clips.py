@@ -147,8 +147,10 @@ def test_a_varying_rate_is_made_constant(tmp_path: Path) -> None:
 
 
 def test_times_rounded_to_milliseconds_are_constant(tmp_path: Path) -> None:
-    found = clips.footage(film(tmp_path / "a.mkv", rate=Fraction(30000, 1001)), 24, 17)
+    path = film(tmp_path / "a.mkv", rate=Fraction(30000, 1001))
+    found = clips.footage(path, 24, 17)
     assert (found.rate, found.resampled) == (Fraction(30000, 1001), False)
+    assert shown(clips.footage(path, 24, 10, rate=Fraction(15000, 1001)).frames) == list(range(0, 20, 2))
 
 
 def test_a_declared_rate_that_is_not_kept_is_not_believed(tmp_path: Path) -> None:
