@@ -129,7 +129,7 @@ class OrtSession:
 
     def step(self, tokens: np.ndarray, cache_pos: np.ndarray) -> np.ndarray:
         """Logits [B,T,V] after the block, or the one token, [B,T] at cache_pos [B]."""
-        name = "step" if tokens.shape[1] == self.spec.block_size else "step_1"
+        name = "step_1" if tokens.shape[1] == 1 and "step_1" in self._graphs else "step"
         return self.run(name, tokens=tokens, cache_pos=cache_pos)
 
     def sample(self, logits: np.ndarray, uniforms: np.ndarray, settings: sampling.Sampling) -> np.ndarray:

@@ -108,6 +108,6 @@ def test_a_graph_that_hides_what_it_gives_is_stopped_by_the_runtime(tmp_path: Pa
         node.input[0] = "computed"
         declared_smaller(model)
 
-    with open_session(bundle(tmp_path / "toy", replace(SPEC, vocab=64), hidden), threads=1) as session:
-        with pytest.raises(Exception, match=r"has shape \{1,4,30\} but the computed output shape .* \{1,4,64\}"):
-            session.prefill(np.zeros((1, 16), np.int64))
+    session = open_session(bundle(tmp_path / "toy", replace(SPEC, vocab=64), hidden), threads=1)
+    with pytest.raises(Exception, match=r"has shape \{1,4,30\} but the computed output shape .* \{1,4,64\}"):
+        session.prefill(np.zeros((1, 16), np.int64))
