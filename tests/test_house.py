@@ -37,6 +37,8 @@ HEAVY = [
     "scipy",
     "matplotlib",
     "rich",
+    "sentencepiece",
+    "tokenizers",
 ]
 TRACKED_BYTES = 25_000_000
 
