@@ -208,6 +208,10 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "block_that_does_not_tile": ({"token_number_per_step": 3}, "block 1x1x3 does not tile .* these do: 1x1x1, "),
     "block_beyond_the_clip": ({"token_number_per_step": 10**9}, "block size 1000000000 does not fill|does not tile"),
     "conditional_without_hybrid": ({"unconditional": False}, "class-conditional without being hybrid"),
+    "hybrid_without_room_for_text": (
+        {"hybrid": True, "unconditional": False, "cond_token_num": 8},
+        "tok_emb.weight has 50 rows, a hybrid has more: 16 special",
+    ),
     "hybrid_without_text": ({"hybrid": True, "unconditional": False}, f"args.cond_token_num is 0, {POSITIVE}"),
     "a_list_that_doubles": (
         {"n_layer": DOUBLED},
@@ -222,6 +226,44 @@ def test_arguments(case: str, model: NextBlockTransformer, tmp_path: Path) -> No
     changes, message = ARGUMENTS[case]
     torch.save(lightning(model, **changes), tmp_path / "a.ckpt")
     refused(tmp_path / "a.ckpt", message)
+
+
+CONTENT: dict[str, tuple[object, str]] = {
+    "nothing": ({}, "no `state_dict` .* and no `model_state_dict`"),
+    "a_bare_state_dict": ({KEY: torch.zeros(2)}, "no `state_dict` .* and no `model_state_dict`"),
+    "a_list": ([1, 2], "no `state_dict`"),
+    "a_tensor": (torch.zeros(2), "no `state_dict`"),
+    "no_arguments": ({"state_dict": {}}, "hyper_parameters.args is missing"),
+    "arguments_in_a_list": ({"state_dict": {}, "hyper_parameters": [1]}, "hyper_parameters.args is missing"),
+    "arguments_in_a_dictionary": (
+        {"state_dict": {}, "hyper_parameters": {"args": {"n_layer": 2}}},
+        "hyper_parameters.args is missing",
+    ),
+    "weights_in_a_list": (
+        {"state_dict": [], "hyper_parameters": {"args": argparse.Namespace()}},
+        "expected a dictionary of tensors, found a list",
+    ),
+    "no_weights": (
+        {"state_dict": {}, "hyper_parameters": {"args": argparse.Namespace()}},
+        r"tok_emb\.weight: expected \[V, C\], found nothing",
+    ),
+    "a_tokenizer_without_weights": ({"model_state_dict": {}}, "7 layers, expected at most one for each of 0 tensors"),
+    "a_tokenizer_of_other_weights": (
+        {"model_state_dict": {f"module.{i}": torch.zeros(2) for i in range(9)}},
+        r"'0': expected no such key, found \[2\]",
+    ),
+    "a_generator_as_a_tokenizer": (
+        {"model_state_dict": {key: torch.zeros(2) for key in NextBlockTransformer(CONFIG).state_dict()}},
+        r"'blocks\.0\.\S+: expected no such key, found \[2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTENT)
+def test_content(case: str, tmp_path: Path) -> None:
+    content, message = CONTENT[case]
+    torch.save(content, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", message)
 
 
 # --- Our own format ---------------------------------------------------------------------------------------------------
