@@ -7,12 +7,15 @@ from typing import Any
 
 import click
 
+from nbp_export.cli import SIZES
+
 
 @click.group(invoke_without_command=True)
 @click.version_option(package_name="nbp-export")
 @click.option("--sizes", help="Block sizes, such as 1,16,256: each fills rows, then whole rows, then frames.")
-@click.option("--model", help="A named size: nbp-xl, nbp-xxl, nbp-3b, nbp-tiny.  [default: the bundled nbp-tiny]")
-@click.option("--checkpoint", "checkpoints", multiple=True, metavar="SIZE=FILE", help="Weights for a size; repeats.")
+@click.option("--blocks", help="Block shapes TxHxW, such as 1x1x16,1x4x4, beside or in place of --sizes.")
+@click.option("--model", help=f"A named size: {SIZES}.  [default: the bundled nbp-tiny]")
+@click.option("--checkpoint", "checkpoints", multiple=True, metavar="BLOCK=FILE", help="Weights for a size or shape.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Tokenizer for checkpoints without one.")
 @click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing.")
 @click.option("--timing-only", is_flag=True, help="Accept checkpoints that were trained for another block.")
@@ -27,6 +30,7 @@ import click
 def main(
     context: click.Context,
     sizes: str | None,
+    blocks: str | None,
     model: str | None,
     checkpoints: tuple[str, ...],
     tokenizer: Path | None,
@@ -46,8 +50,9 @@ def main(
     """
     if context.invoked_subcommand:
         return
-    if not sizes:
-        raise click.UsageError("what to compare? nbp-bench --sizes 1,16,256")
+    asked = [block for option in (sizes, blocks) if option for block in option.split(",")]
+    if not asked:
+        raise click.UsageError("what to compare? nbp-bench --sizes 1,16,256, or --blocks 1x1x16,1x4x4")
     from nbp_export._extras import need
 
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors")
@@ -64,15 +69,15 @@ def main(
     if unknown or not chosen:
         raise click.UsageError(f"no engine {', '.join(sorted(unknown))!r}: there are {', '.join(ENGINES)}")
     files = dict(_pair(text) for text in checkpoints)
-    unused = set(files) - set(sizes.split(","))
+    unused = set(files) - set(asked)
     if unused:
-        raise click.UsageError(f"--checkpoint for {', '.join(sorted(unused))}, which --sizes {sizes} does not name")
-    stand_in = next(iter(files.values()), None)  # a size without a checkpoint is timed with random weights of its kind
+        raise click.UsageError(f"--checkpoint for {', '.join(sorted(unused))}, not among the blocks {', '.join(asked)}")
+    stand_in = next(iter(files.values()), None)  # a block without a checkpoint is timed with random weights of its kind
     requests = [
-        Request(None, files[size], tokenizer, None, size, timing_only)
-        if size in files
-        else Request(model, stand_in, tokenizer, "random" if stand_in else weights, size)
-        for size in sizes.split(",")
+        Request(None, files[block], tokenizer, None, block, timing_only)
+        if block in files
+        else Request(model, stand_in, tokenizer, "random" if stand_in else weights, block, or_random=True)
+        for block in asked
     ]
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -138,5 +143,5 @@ def generate(temperature: float | None, top_k: int | None, top_p: float | None, 
 def _pair(text: str) -> tuple[str, Path]:
     size, _, file = text.partition("=")
     if not file:
-        raise click.UsageError(f"--checkpoint {text!r}: expected SIZE=FILE, such as 16=model.ckpt")
+        raise click.UsageError(f"--checkpoint {text!r}: expected BLOCK=FILE, such as 16=model.ckpt")
     return size, Path(file)
