@@ -127,13 +127,14 @@ def _load_safetensors(path: Path) -> Checkpoint:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise CheckpointError(f"damaged or incomplete: {fit.shown(str(error))}") from error
+    size = path.stat().st_size
     for kind in ("generator", "tokenizer"):
         if kind in metadata:
             described = json.loads(metadata[kind])
             fit.refuse(fit.miscounts(described))
             if kind == "generator":
-                return Checkpoint(fit.generator(ModelConfig.from_json(described), state), None, exact_block=True)
-            return Checkpoint(None, fit.tokenizer(TokenizerConfig.from_json(described), state), exact_block=True)
+                return Checkpoint(fit.generator(ModelConfig.from_json(described), state, size), None, exact_block=True)
+            return Checkpoint(None, fit.tokenizer(TokenizerConfig.from_json(described), state, size), exact_block=True)
     raise CheckpointError("its metadata names neither a generator nor a tokenizer; was it written by `save`?")
 
 
@@ -142,7 +143,7 @@ def _load_zip(path: Path, way: str) -> Checkpoint:
     try:
         with ZipFile(path) as archive:
             entries = archive.infolist()
-    except (BadZipFile, EOFError, NotImplementedError) as error:
+    except (BadZipFile, EOFError, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"damaged or incomplete: {fit.shown(str(error))}. Copy it again") from error
     names = {PurePosixPath(entry.filename).name for entry in entries}
     if "data.pkl" not in names or "constants.pkl" in names:  # the latter is TorchScript's: code
@@ -160,14 +161,14 @@ def _load_zip(path: Path, way: str) -> Checkpoint:
     except Exception as error:  # torch raises whatever a broken zip, pickle or storage raises
         raise CheckpointError(f"damaged or incomplete: {type(error).__name__}, {fit.shown(str(error))}") from error
     if isinstance(data, dict) and "state_dict" in data:
-        return _from_lightning(data)
+        return _from_lightning(data, path.stat().st_size)
     if isinstance(data, dict) and "model_state_dict" in data:
         state = _stripped(data["model_state_dict"], "module.")
-        return Checkpoint(None, fit.tokenizer(TOKENIZERS["official"], state), exact_block=False)
+        return Checkpoint(None, fit.tokenizer(TOKENIZERS["official"], state, path.stat().st_size), exact_block=False)
     raise CheckpointError("no `state_dict` (generator) and no `model_state_dict` (tokenizer) in it")
 
 
-def _from_lightning(data: Mapping[str, Any]) -> Checkpoint:
+def _from_lightning(data: Mapping[str, Any], size: int) -> Checkpoint:
     held = data.get("hyper_parameters")
     args = held.get("args") if isinstance(held, Mapping) else None
     if not isinstance(args, Namespace):
@@ -190,8 +191,8 @@ def _from_lightning(data: Mapping[str, Any]) -> Checkpoint:
     if width != (stated := _argument(args, "n_embd")):
         raise CheckpointError(f"tok_emb is {width} wide, its own arguments say n_embd={stated}")
     tokens = _stripped(_stripped(keys, "first_stage_model.", only=True), "module.")
-    tokenizer = fit.tokenizer(TOKENIZERS["official"], tokens) if tokens else None
-    return Checkpoint(fit.generator(config, state), tokenizer, exact_block=False)
+    tokenizer = fit.tokenizer(TOKENIZERS["official"], tokens, size) if tokens else None
+    return Checkpoint(fit.generator(config, state, size), tokenizer, exact_block=False)
 
 
 def _hybrid(config: ModelConfig, text_tokens: int) -> ModelConfig:

@@ -1,6 +1,6 @@
 """Whether what a file holds is the model that it says it holds; checked before any of it is used.
 
-A file may come from anybody: nothing here trusts a size, and nothing takes memory that the file's bytes do not back.
+A file may come from anybody: nothing here trusts a size, and no model takes more than four bytes for each of a file's.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,29 +18,29 @@ C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
 
-def generator(config: ModelConfig, state: Mapping[str, object]) -> NextBlockTransformer:
-    """The generator of a config with the tensors of a file, in evaluation mode.
+def generator(config: ModelConfig, state: Mapping[str, object], size: int) -> NextBlockTransformer:
+    """The generator of a config with the tensors of a file of so many bytes, in evaluation mode.
 
     Raises CheckpointError, naming keys with the shapes expected and found, BlockShapeError for a block that does not
     tile the clip.
     """
     if config.layers > len(state):  # building it could take all the memory there is
         raise CheckpointError(f"{config.layers} layers, expected at most one for each of {len(state)} tensors")
-    model = _filled(NextBlockTransformer, config, state)
+    model = _filled(NextBlockTransformer, config, state, size)
     refuse(_contradictions(config))
     config.with_block(str(config.block))
     return model
 
 
-def tokenizer(config: TokenizerConfig, state: Mapping[str, object]) -> VideoTokenizer:
-    """The tokenizer of a config with the tensors of a file, in evaluation mode; raises what `generator` does."""
+def tokenizer(config: TokenizerConfig, state: Mapping[str, object], size: int) -> VideoTokenizer:
+    """The tokenizer of a config with the tensors of a file of so many bytes; raises what `generator` does."""
     sizes = (config.groups, *(n for stride in config.strides for n in stride), *(s.channels for s in config.stages))
     layers = sum(1 + stage.units for stage in config.stages)
     if layers > len(state):
         raise CheckpointError(f"{layers} layers, expected at most one for each of {len(state)} tensors")
     if 0 in sizes or min(config.levels) < 2 or config.vocab >= 2**31:
         raise CheckpointError("its config's groups, strides, channels or levels make no tokenizer")
-    return _filled(VideoTokenizer, config, state)
+    return _filled(VideoTokenizer, config, state, size)
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -82,7 +82,7 @@ def form(value: object) -> str:
     return " ".join(parts)
 
 
-def _filled(kind: Callable[[C], M], config: C, state: Mapping[str, object]) -> M:
+def _filled(kind: Callable[[C], M], config: C, state: Mapping[str, object], size: int) -> M:
     """A model that takes the tensors as they are, without a second copy of the weights where they are fp32."""
     with torch.device("meta"):
         model = kind(config)
@@ -94,6 +94,9 @@ def _filled(kind: Callable[[C], M], config: C, state: Mapping[str, object]) -> M
         for key in sorted(expected.keys() | found.keys())
         if expected.get(key) != found.get(key)
     )
+    values = sum(value.numel() for value in model.state_dict().values())
+    if values > size:  # tensors may share what they are made of, but not all of them
+        raise CheckpointError(f"{values} values of weights, expected at most one for each of the file's {size} bytes")
     # `detach` leaves behind whatever else a file hung on a tensor.
     tensors = {key: torch.detach(cast(Tensor, state[key])).float().contiguous() for key in expected}
     broken = {key: _broken(tensor) for key, tensor in tensors.items()}

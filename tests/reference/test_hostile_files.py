@@ -16,12 +16,15 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -226,6 +229,40 @@ def test_arguments(case: str, model: NextBlockTransformer, tmp_path: Path) -> No
     changes, message = ARGUMENTS[case]
     torch.save(lightning(model, **changes), tmp_path / "a.ckpt")
     refused(tmp_path / "a.ckpt", message)
+
+
+def test_many_layers_of_the_same_few_bytes(tmp_path: Path) -> None:
+    """Each could be copied where it is not fp32 or lies askew, and the file is small."""
+    with torch.device("meta"):
+        large = NextBlockTransformer(replace(CONFIG, layers=80))
+    data = lightning(large)
+    made: dict[Any, Tensor] = {}
+    for key, value in data["state_dict"].items():
+        data["state_dict"][key] = made.setdefault(value.shape, torch.zeros(value.shape))
+    torch.save(data, tmp_path / "a.ckpt")
+    refused(tmp_path / "a.ckpt", "1060544 values of weights, expected at most one for each of the file's")
+
+
+@given(
+    share=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), kind=st.sampled_from(["pickle", "end", "json"])
+)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_changed_byte_is_harmless_or_refused(
+    share: float, byte: int, kind: str, model: NextBlockTransformer, tmp_path: Path
+) -> None:
+    """In what describes the weights: the pickle, the zip's directory, the header of our own files."""
+    path = tmp_path / "a.ckpt"
+    if kind == "json":
+        checkpoint.save(model, path)
+    else:
+        torch.save(lightning(model), path)
+    content = bytearray(path.read_bytes())
+    begin = {"pickle": 0, "end": content.rfind(b"data/0"), "json": 0}[kind]
+    length = {"pickle": 5000, "end": len(content) - begin, "json": 3500}[kind]
+    content[begin + int(length * share)] = byte
+    path.write_bytes(content)
+    with suppress(CheckpointError):
+        checkpoint.load(path)
 
 
 CONTENT: dict[str, tuple[object, str]] = {
