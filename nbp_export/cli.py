@@ -1,5 +1,6 @@
 """The `nbp-export` command: parse, call, print."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -88,6 +89,32 @@ def verify(bundle: Path) -> None:
     with _stages() as (say, report):
         say(_outcome(prove_again(bundle, report)))
     click.echo(bundle)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--measure", "measured", is_flag=True, help="Open it in a fresh process and tell the memory that it took."
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def inspect(bundle: Path, measured: bool, as_json: bool) -> None:
+    """Tell what a bundle holds, what memory it needs, and what its receipt proves. Needs no torch."""
+    from nbp_export._extras import need
+    from nbp_export.inspect import describe, look, measure, render
+
+    told = describe(look(bundle))
+    if measured:
+        told["memory"] |= measure(bundle)
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+        return
+    need("export", "rich")
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(render(told))
 
 
 @contextmanager

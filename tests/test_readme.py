@@ -37,6 +37,10 @@ def test_python_blocks_run_on_the_bundle_that_the_command_above_makes(
     for block in _blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
     assert capsys.readouterr().out == "(1, 3, 12, 128, 128)\n"
+    (inspect,) = [words for words in _commands() if words[:2] == ["nbp-export", "inspect"]]
+    result = CliRunner().invoke(nbp_export, inspect[1:])
+    assert result.exit_code == 0, result.output
+    assert "receipt valid" in result.output
 
 
 @pytest.mark.parametrize("words", [w for w in _commands() if w[0] in COMMANDS], ids=" ".join)

@@ -152,8 +152,8 @@ def _bundle(plan: Plan, source: Source, subject: _Subject, report: Report) -> Bu
     folder = plan.out / "bundles" / name
     if folder.exists():
         try:
-            bundle = Bundle.open(folder)
-            if bundle.receipt() and bundle.manifest.versions == versions():
+            bundle = Bundle.open(folder, require_receipt=True)
+            if bundle.manifest.versions == versions():
                 return bundle
             why = "it was made by other versions"
         except BundleError as error:

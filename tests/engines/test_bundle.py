@@ -65,8 +65,8 @@ def prove(path: Path, **changes: object) -> None:
         {"graph": graph, "at": "cache_pos [0]", "tolerance": 1e-5, "worst": 1e-6, "where": "logits[0]"}
         for graph in ("prefill", "step")
     ]
-    receipt = {"files": hashes, "worst": checks[0], "checks": checks, "versions": {"torch": "2.0"}} | changes
-    (path / RECEIPT).write_text(json.dumps(receipt))
+    receipt = {"files": hashes, "executed": "in fp32", "worst": checks[0], "checks": checks, "versions": {"torch": "2"}}
+    (path / RECEIPT).write_text(json.dumps(receipt | changes))
 
 
 @pytest.fixture

@@ -1,0 +1,173 @@
+"""What a bundle holds, needs and proves, told from its manifest and receipt: no torch, no onnx."""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbp_engines.bundle import RECEIPT, Bundle
+from nbp_engines.errors import EngineError, ReceiptWarning
+from nbp_engines.session import open_session
+from nbp_engines.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+STATUS = Path("/proc/self/status")
+MEMORY = {
+    "caches": "a session's caches",
+    "inputs": "its graphs' other inputs",
+    "outputs": "their other outputs",
+    "buffers": "all of these",
+    "weights_on_disk": "weights on disk; what the runtime makes of them is not counted",
+    "before": "measured: a process with the libraries alone",
+    "peak": "measured: its peak while it opened the bundle",
+    "opened": "measured: with the session open",
+}
+
+
+def look(path: Path) -> Bundle:
+    """Open a bundle, whatever its receipt is. Raises BundleError if it is not an intact one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReceiptWarning)
+        return Bundle.open(path)
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """All that `render` shows, as plain values; sizes in bytes."""
+    manifest, spec, receipt = bundle.manifest, bundle.manifest.spec, bundle.receipt()
+    sizes = {file.path: file.size for file in manifest.files}
+    graphs, buffers = manifest.graph_specs(), manifest.buffers()
+    weights = {name: _weights(bundle, name) for name in graphs}
+    without = "void" if (bundle.path / RECEIPT).exists() else "missing"
+    return {
+        "bundle": str(bundle.path),
+        "model": manifest.model["name"],
+        "trained": manifest.model["trained"],
+        "block": spec.block_text,
+        "batch": spec.batch,
+        "dtype": spec.dtype,
+        "runtime": manifest.runtime,
+        "note": manifest.provenance["note"],
+        "graphs": [
+            {
+                "name": name,
+                "file": manifest.graphs[name],
+                "inputs": list(condensed(graph.inputs)),
+                "outputs": list(condensed(graph.outputs)),
+            }
+            for name, graph in graphs.items()
+        ],
+        "files": [
+            {"path": path, "size": size, "graphs": [g for g in graphs if path in {manifest.graphs[g], *weights[g]}]}
+            for path, size in sizes.items()
+        ],
+        "memory": buffers
+        | {"buffers": sum(buffers.values()), "weights_on_disk": sum(sizes[w] for w in set().union(*weights.values()))},
+        "receipt": {"state": "valid", "checks": len(receipt["checks"])}
+        | {key: receipt[key] for key in ("executed", "worst", "versions")}
+        if receipt
+        else {"state": without},
+    }
+
+
+def condensed(tensors: Iterable[TensorSpec]) -> Iterator[str]:
+    """Names, dtypes and shapes; those that differ in a number alone together: `k_cache_0…4 fp16 [1, 4, 1264, 32]`."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for tensor in tensors:
+        name, number, rest = re.split(r"(\d+|$)", tensor.name, maxsplit=1)
+        alike.setdefault((name, rest, f"{tensor.dtype} {list(tensor.shape)}"), []).append(number)
+    for (name, rest, what), numbers in alike.items():
+        yield f"{name}{'…'.join(dict.fromkeys([numbers[0], numbers[-1]]))}{rest} {what}"
+
+
+def _weights(bundle: Bundle, graph: str) -> set[str]:
+    """The files that a graph names as the location of its weights."""
+    content = bundle.graph_file(graph).read_bytes()
+    # As a protobuf has the entry: key 1, length and text, value 2 likewise. Names have at most 100 characters.
+    return {
+        file.path
+        for file in bundle.manifest.files
+        if b"\x0a\x08location\x12" + bytes([len(file.path)]) + file.path.encode() in content
+    }
+
+
+def render(told: Mapping[str, Any]) -> "RenderableType":
+    """What `describe` tells, for a terminal."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    def table(*columns: str) -> Table:
+        made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            made.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+        return made
+
+    graphs, files, memory = (
+        table("graph", "file", "inputs", "outputs"),
+        table("file", "bytes", "graphs"),
+        table("memory", "bytes"),
+    )
+    for graph in told["graphs"]:
+        graphs.add_row(graph["name"], graph["file"], "\n".join(graph["inputs"]), "\n".join(graph["outputs"]))
+    for file in told["files"]:
+        files.add_row(file["path"], f"{file['size']:,}", ", ".join(file["graphs"]))
+    for key, what in MEMORY.items():
+        if key in told["memory"]:
+            memory.add_row(what, f"{told['memory'][key]:,}")
+    receipt = told["receipt"]
+    if receipt["state"] == "valid":
+        worst, tools = receipt["worst"], receipt["versions"].items()
+        proof = Text(
+            f"receipt valid: {receipt['checks']} checks, {receipt['executed']}; worst: {worst['graph']} at "
+            f"{worst['at']}, {worst['worst']:.2g} of the largest value (allowed {worst['tolerance']:g}); "
+            f"{', '.join(f'{tool} {version}' for tool, version in tools)}",
+            "green",
+        )
+    else:
+        proof = Text(f"receipt {receipt['state']}: `nbp-export verify {told['bundle']}` proves it again", "red")
+    kind = "trained" if told["trained"] else "not trained: for timing only"
+    return Group(
+        f"{told['model']}, {kind}: block {told['block']}, batch {told['batch']}, {told['dtype']}, {told['runtime']}",
+        told["note"],
+        graphs,
+        files,
+        memory,
+        proof,
+    )
+
+
+def measure(path: Path) -> dict[str, int]:
+    """Resident bytes of a fresh process before it opens the bundle, at its peak, and once its session is open.
+
+    Raises EngineError if the process dies, or where the system does not tell.
+    """
+    if not STATUS.exists():
+        raise EngineError(f"memory is measured by {STATUS}, which this system does not have: leave out --measure")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_opened, path).result()
+        except BrokenProcessPool as error:
+            raise EngineError(f"opening {path} killed the process that did it (out of memory?)") from error
+
+
+def _opened(path: Path) -> dict[str, int]:
+    bundle = look(path)
+    with suppress(ModuleNotFoundError):  # which the session says better
+        import onnxruntime  # noqa: F401
+    before = _resident("VmRSS")
+    with open_session(bundle):
+        opened = _resident("VmRSS")
+        # The kernel writes the peak down late.
+        return {"before": before, "peak": max(opened, _resident("VmHWM")), "opened": opened}
+
+
+def _resident(field: str) -> int:
+    return int(dict(line.split(":", 1) for line in STATUS.read_text().splitlines())[field].split()[0]) * 1024
