@@ -29,6 +29,8 @@ ALIGNMENT = 4096  # bytes, a page: runtimes map the file
 INLINE = 1024  # bytes; smaller tensors stay in the graph's own file
 INDEX = "weights.json"
 
+# What the weights are while numpy, which has no bf16, handles them.
+BITS = {"fp32": torch.int32, "fp16": torch.int16, "bf16": torch.int16}
 INDEX_RULES: Rule = {
     ...: {
         "file": TEXT,
@@ -57,10 +59,11 @@ class WeightPool:
             tensor = value.const_value
             if tensor is None or tensor.nbytes <= INLINE:
                 continue
-            data = tensor.tobytes()
+            data = _bytes(tensor.numpy())
+            offset = self._offset(data, append=True)
             value.const_value = ir.ExternalTensor(
                 self._path.name,
-                self._place(data),
+                offset,
                 len(data),
                 tensor.dtype,
                 shape=ir.Shape(tensor.shape.numpy()),
@@ -77,23 +80,25 @@ class WeightPool:
         return {name: self._found(name, value.detach()) for name, value in state.items()}
 
     def _found(self, name: str, value: Tensor) -> dict[str, Any]:
-        forms = [(value, False), (value.T, True)] if value.ndim == 2 else [(value, False)]
+        dtype = next(short for short, dtype in TORCH_DTYPES.items() if dtype == value.dtype)
+        # Most matrices are a Linear's, which the exporter transposes.
+        forms = [(value.T, True), (value, False)] if value.ndim == 2 else [(value, False)]
         for stored, transposed in forms:
-            data = _bytes(stored)
-            if len(data) <= INLINE or hashlib.sha256(data).digest() in self._written:
-                dtype = next(short for short, dtype in TORCH_DTYPES.items() if dtype == value.dtype)
-                place = {"file": self._path.name, "offset": self._place(data), "shape": list(stored.shape)}
+            data = _bytes(stored.view(BITS[dtype]).numpy())
+            offset = self._offset(data, append=len(data) <= INLINE)
+            if offset is not None:
+                place = {"file": self._path.name, "offset": offset, "shape": list(stored.shape)}
                 return place | {"dtype": dtype, "transposed": transposed}
         raise NbpError(f"{name} {list(value.shape)} is in no exported graph: the exporter changed it")
 
-    def _place(self, data: bytes) -> int:
-        """The offset of these bytes, appended if they are new."""
+    def _offset(self, data: memoryview, append: bool) -> int | None:
+        """Where these bytes are in the file; appended if they are new and may be, else None."""
         digest = hashlib.sha256(data).digest()
-        if digest not in self._written:
+        if append and digest not in self._written:
             self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
             self._written[digest] = self._file.tell()
             self._file.write(data)
-        return self._written[digest]
+        return self._written.get(digest)
 
     def __enter__(self) -> Self:
         """The pool itself."""
@@ -190,12 +195,14 @@ def _state(bundle: Bundle, prefix: str) -> dict[str, Tensor]:
 
 
 def _mapped(path: Path, place: Mapping[str, Any]) -> Tensor:
-    dtype = TORCH_DTYPES[place["dtype"]]
-    # numpy has no bf16: read bits, and let torch say what they mean. Mode c: torch wants memory that it could write.
-    bits = np.int32 if dtype == torch.float32 else np.int16
-    stored = torch.from_numpy(np.memmap(path, bits, "c", place["offset"], tuple(place["shape"]))).view(dtype)
+    bits = f"i{BYTES[place['dtype']]}"  # numpy has no bf16
+    data = np.memmap(path, bits, "c", place["offset"], tuple(place["shape"]))  # c: torch wants to be able to write
+    stored = torch.from_numpy(data).view(TORCH_DTYPES[place["dtype"]])
     return stored.T if place["transposed"] else stored
 
 
-def _bytes(value: Tensor) -> bytes:
-    return value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes(array: np.ndarray) -> memoryview:
+    """The same memory as bytes; a copy only where it is not contiguous, by torch, which transposes faster."""
+    if not array.flags.c_contiguous:
+        array = torch.from_numpy(array.view(f"i{array.itemsize}")).contiguous().numpy()
+    return array.reshape(-1).view(np.uint8).data

@@ -116,7 +116,7 @@ def test_no_trace_of_this_machine_and_no_notes_of_the_exporter(full: Exported) -
     marks = [f"{folder}/".encode() for folder in folders]
     marks += [b"site-packages", b"Traceback", b"stack_trace", b"pkg.torch", b"nbp_reference/", b".py"]
     files = [path for path in full.bundle.path.iterdir() if path.suffix != ".data"]  # those hold numbers alone
-    assert len(files) == 6
+    assert len(files) == 7
     for path in files:
         content = path.read_bytes()
         assert not [mark for mark in marks if mark in content], path.name
