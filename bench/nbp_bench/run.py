@@ -47,9 +47,11 @@ def run(console: "Console", plan: Plan) -> None:
 
 
 def contact_sheet(measured: Sequence[Measured], folder: Path) -> None:
-    """The first clip as filmed, if it was, and as each block shape continues it."""
-    strips, given = ({"filmed": measured[0].truth} if len(measured[0].truth) else {}), 0
-    for m in measured:
+    """The first clip as filmed and as each block shape continues it; of a class-conditional model, a clip a class."""
+    strips, given = ({} if measured[0].classes else {"filmed": measured[0].truth}), 0
+    for name, result in zip(measured[0].classes, measured[0].results, strict=False):
+        strips[name] = to_uint8(result.video[0])
+    for m in () if measured[0].classes else measured:
         predicted = to_uint8(m.results[0].video[0])
         given = m.clip_frames - len(predicted)
         strips.setdefault(m.record.block, np.concatenate([m.truth[:given], predicted]))

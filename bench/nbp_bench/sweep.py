@@ -70,12 +70,14 @@ class Measured:
         record: the numbers.
         results: every measured clip.
         truth: the first clip as filmed, uint8 [F,3,H,W], as far as the video goes.
+        classes: in place of the film, what each clip shows.
         clip_frames: frames of a whole clip, given and predicted.
     """
 
     record: Record
     results: Sequence[Result]
     truth: np.ndarray
+    classes: Sequence[str]
     clip_frames: int
 
 
@@ -143,7 +145,7 @@ def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[M
         _record(plan, subject, job, run, reference, began, together, name) for job, run in zip(jobs, runs, strict=True)
     ]
     frames = subject.spec.video[0]
-    return [Measured(r, run.results, truth, frames) for r, run in zip(records, runs, strict=True)]
+    return [Measured(r, run.results, truth, subject.words[1:], frames) for r, run in zip(records, runs, strict=True)]
 
 
 def _bundle(plan: Plan, source: Source, subject: _Subject, report: Report) -> Bundle:

@@ -47,7 +47,7 @@ def fps_by_block(records: Sequence[Record], path: Path) -> None:
 
 
 def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> None:
-    """Draw clips, uint8 [F,3,H,W], one a row under each other, a line after the frames that were given."""
+    """Draw clips, uint8 [F,3,H,W], one a row under each other, a line after the frames that were given, if any."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -59,11 +59,13 @@ def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> N
         frames, _, height, width = video.shape
         strip = video.transpose(2, 0, 3, 1).reshape(height, frames * width, 3)
         row.imshow(strip, extent=(0, frames, 0, height / width))
-        row.axvline(given, color="red", linewidth=2)
+        if given:
+            row.axvline(given, color="red", linewidth=2)
         row.set_xlim(0, longest)
         row.set_ylabel(label)
         row.set_xticks([])
         row.set_yticks([])
-    figure.suptitle(f"Given: {given} frames, left of the red line. Right of it: predicted, one sample", fontsize=9)
+    given_frames = f"Given: {given} frames, left of the red line. Right of it: predicted, one sample"
+    figure.suptitle(given_frames if given else "Given: the name of a class. One sample each", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
