@@ -61,6 +61,7 @@ format: $(SETUP) ## mend style and formatting
 train: $(CLIPS) ## make the nbp-tiny weights again, in $(RUNS), for the sizes in BLOCKS
 	@$(BIN)/python -m nbp_reference.train tokenizer --out $(RUNS)
 	@for block in $(BLOCKS); do $(BIN)/python -m nbp_reference.train generator --block $$block --out $(RUNS) || exit 1; done
+	@$(BIN)/python -m nbp_reference.train generator --hybrid --block 16 --steps 1500 --out $(RUNS)
 
 clean: ## remove build products and caches; the environment and the runs stay
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

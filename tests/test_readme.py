@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from nbp_bench.cli import main as nbp_bench
 from nbp_export.cli import main as nbp_export
+from nbp_reference import clips
 from nbp_reports import markdown, record, table
 
 ROOT = Path(__file__).parents[1]
@@ -27,20 +29,26 @@ def _commands() -> Iterator[list[str]]:
             yield shlex.split(line.removeprefix("$ "))
 
 
-def test_python_blocks_run_on_the_bundle_that_the_command_above_makes(
+def test_the_commands_and_code_of_a_tour_run_in_this_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Exports, videos, inspection, proof; comparisons have tests of their own."""
     monkeypatch.chdir(tmp_path)
-    (export,) = [words for words in _commands() if words[:2] == ["nbp-export", "onnx"] and "--out" in words]
-    result = CliRunner().invoke(nbp_export, export[1:])
-    assert result.exit_code == 0, result.output
+    shutil.copy(clips.find(clips.DEFAULT_CLIP), "my.mp4")
+    commands = [shlex.split(line.removeprefix("$ ")) for block in _blocks("console") for line in block.splitlines()]
+    tour = [words for words in commands if words[0] in COMMANDS and not {"--sizes", "--blocks"} & set(words)]
+    said = {}
+    for words in tour:
+        result = CliRunner().invoke(COMMANDS[words[0]], words[1:])
+        assert result.exit_code == 0, (words, result.output)
+        said[words[1]] = result.output
+    assert {words[1] for words in tour} == {"onnx", "generate", "inspect", "verify"}
+    assert "receipt valid" in said["inspect"]
+    assert "checks against the reference passed" in said["verify"]
+    assert {"clip.mp4", "clips.gif", "pedestrians.mp4"} <= {path.name for path in tmp_path.iterdir()}
     for block in _blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
     assert capsys.readouterr().out == "(1, 3, 12, 128, 128)\n"
-    (inspect,) = [words for words in _commands() if words[:2] == ["nbp-export", "inspect"]]
-    result = CliRunner().invoke(nbp_export, inspect[1:])
-    assert result.exit_code == 0, result.output
-    assert "receipt valid" in result.output
 
 
 @pytest.mark.parametrize("words", [w for w in _commands() if w[0] in COMMANDS], ids=" ".join)
