@@ -127,12 +127,12 @@ def read_generator(bundle: Bundle) -> NextBlockTransformer:
     Raises NbpError if the bundle's index lies or does not fit the bundle's config.
     """
     config = ModelConfig.from_json(bundle.manifest.model["config"]["generator"])
-    state = _state(bundle, "generator.")
-    layers = {name: state.pop(name) for name in [*state] if name.startswith("blocks.")}
+    index = _index(bundle)
+    layers = {name: index.pop(name) for name in [*index] if name.startswith("generator.blocks.")}
     with torch.device("meta"):
         model = NextBlockTransformer(config)
-    model.blocks = _LayersOnDemand(config, layers)
-    return _filled(model, state)
+    model.blocks = _LayersOnDemand(bundle, config, layers)
+    return _filled(model, bundle, index, "generator.")
 
 
 def read_tokenizer(bundle: Bundle) -> VideoTokenizer | None:
@@ -147,35 +147,37 @@ def read_tokenizer(bundle: Bundle) -> VideoTokenizer | None:
         model = VideoTokenizer(TokenizerConfig.from_json(config))
     if "encode" not in bundle.manifest.graphs:
         model.encoder_layers = nn.Sequential()
-    return _filled(model, _state(bundle, "tokenizer."))
+    return _filled(model, bundle, _index(bundle), "tokenizer.")
 
 
 class _LayersOnDemand(nn.ModuleList):
     """Transformer layers that are built from the file when their turn comes: one is in memory at a time."""
 
-    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, bundle: Bundle, config: ModelConfig, index: Index) -> None:
         super().__init__()
+        self._bundle = bundle
         self._config = config
-        self._state = state
+        self._index = index
 
     def __iter__(self) -> Iterator[nn.Module]:
         for i in range(self._config.layers):
             with torch.device("meta"):
                 layer = Block(self._config.width, self._config.heads)
-            own = f"blocks.{i}."
-            yield _filled(layer, {k.removeprefix(own): v for k, v in self._state.items() if k.startswith(own)})
+            yield _filled(layer, self._bundle, self._index, f"generator.blocks.{i}.")
 
 
-def _filled(model: M, state: Mapping[str, Tensor]) -> M:
+def _filled(model: M, bundle: Bundle, index: Index, prefix: str) -> M:
+    """The model with its parameters, those in the index under that prefix, in fp32."""
+    own = {name.removeprefix(prefix): place for name, place in index.items() if name.startswith(prefix)}
     try:
-        model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+        model.load_state_dict({name: _mapped(bundle.path, place).float() for name, place in own.items()}, assign=True)
     except RuntimeError as error:
         raise NbpError(f"{INDEX} does not fit the manifest's config: {error}") from error
     return model.eval()
 
 
-def _state(bundle: Bundle, prefix: str) -> dict[str, Tensor]:
-    """Memory-mapped parameters."""
+def _index(bundle: Bundle) -> Index:
+    """The index, checked: every place lies inside a file that the manifest lists."""
     path, files = bundle.path / INDEX, {file.path: file.size for file in bundle.manifest.files}
     if INDEX not in files:
         raise NbpError(f"{bundle.path} has no {INDEX}, so its weights cannot be found: export it again")
@@ -184,19 +186,16 @@ def _state(bundle: Bundle, prefix: str) -> dict[str, Tensor]:
         check(index, INDEX_RULES, INDEX)
     except BundleError as error:
         raise NbpError(f"{path}: {error.message}") from error
-    state = {}
     for name, place in index.items():
         end = place["offset"] + prod(place["shape"]) * BYTES[place["dtype"]]
         if end > files.get(place["file"], 0):
             raise NbpError(f"{path}: {name} ends at byte {end} of {place['file']}, of which the bundle has fewer")
-        if name.startswith(prefix):
-            state[name.removeprefix(prefix)] = _mapped(bundle.path / place["file"], place)
-    return state
+    return index
 
 
-def _mapped(path: Path, place: Mapping[str, Any]) -> Tensor:
-    bits = f"i{BYTES[place['dtype']]}"  # numpy has no bf16
-    data = np.memmap(path, bits, "c", place["offset"], tuple(place["shape"]))  # c: torch wants to be able to write
+def _mapped(folder: Path, place: Mapping[str, Any]) -> Tensor:
+    bits = f"i{BYTES[place['dtype']]}"  # numpy has no bf16; and mode c, because torch wants to be able to write
+    data = np.memmap(folder / place["file"], bits, "c", place["offset"], tuple(place["shape"]))
     stored = torch.from_numpy(data).view(TORCH_DTYPES[place["dtype"]])
     return stored.T if place["transposed"] else stored
 
