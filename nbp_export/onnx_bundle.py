@@ -58,8 +58,8 @@ def _appearing(out: Path) -> Iterator[Path]:
     with ExitStack() as locks:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(out.parent, wait=True) as alone:  # a folder that has just been made is not locked yet
-                for left in out.parent.glob(f"{glob.escape(prefix)}????????") if alone else ():
+            with _locked(out.parent, wait=True):  # a folder that has just been made is not locked yet
+                for left in out.parent.glob(f"{glob.escape(prefix)}????????"):
                     with _locked(left) as abandoned:
                         if abandoned:
                             shutil.rmtree(left, ignore_errors=True)

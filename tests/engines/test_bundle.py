@@ -210,6 +210,7 @@ WRONG_VALUES: list[tuple[str, str, Iterable[object]]] = [
     ("model", "model is ", [None, [], "toy"]),
     ("model.name", "model.name is ", [None, 3, "to\ny"]),
     ("model.trained", "model.trained is ", [None, 1, "yes"]),
+    ("model.weights_sha256", "model.weights_sha256 is ", [None, 0, "", "0" * 63]),
     ("model.config", "model.config is ", [None, [], ""]),
     ("provenance", "provenance is ", [None, [], "note"]),
     ("provenance.note", "provenance.note is ", [None, 3, "\x1b]0;title\x07"]),
@@ -456,22 +457,30 @@ def check(graph: str, **changes: object) -> Json:
     return {"graph": graph, "at": "", "tolerance": 1e-5, "worst": 1e-6, "where": ""} | changes
 
 
-@pytest.mark.parametrize(
-    "checks",
-    [
-        pytest.param([], id="no checks"),
-        pytest.param([check("step")], id="a graph unchecked"),
-        pytest.param([check("prefill"), check("step", worst=1e-4)], id="a check failed"),
-        pytest.param([check("prefill"), check("step", worst=float("nan"))], id="a check of NaN"),
-        pytest.param([check("prefill"), check("step", worst=float("inf"), tolerance=float("inf"))], id="infinite"),
-        pytest.param([check("prefill"), check("step", worst="none")], id="a check without a number"),
-        pytest.param([check("prefill"), "step"], id="a check that is none"),
-        pytest.param([check("prefill"), check("step", where="\x1b[2J")], id="a check that clears the screen"),
-        pytest.param({"prefill": check("prefill")}, id="checks that are no list"),
-    ],
-)
-def test_a_receipt_that_proves_nothing(folder: Path, checks: object) -> None:
-    prove(folder, checks=checks)
+NO_RECEIPTS: dict[str, Json] = {
+    "no checks": {"checks": []},
+    "a graph unchecked": {"checks": [check("step")]},
+    "a check failed": {"checks": [check("prefill"), check("step", worst=1e-4)]},
+    "a check of NaN": {"checks": [check("prefill"), check("step", worst=float("nan"))]},
+    "infinite": {"checks": [check("prefill"), check("step", worst=float("inf"), tolerance=float("inf"))]},
+    "a check without a number": {"checks": [check("prefill"), check("step", worst="none")]},
+    "a check without a tolerance": {"checks": [check("prefill"), check("step", tolerance=None)]},
+    "a check that is none": {"checks": [check("prefill"), "step"]},
+    "a check of no graph": {"checks": [check("prefill"), check("step"), check("\n")]},
+    "a check that clears the screen": {"checks": [check("prefill"), check("step", at="\x1b[2J")]},
+    "a place that clears the screen": {"checks": [check("prefill"), check("step", where="\x1b[2J")]},
+    "checks that are no list": {"checks": {"prefill": check("prefill")}},
+    "no worst": {"worst": None},
+    "a worst without a number": {"worst": check("step", worst=None)},
+    "executed nowhere": {"executed": None},
+    "versions that are none": {"versions": {"torch": 2}},
+    "no file": {"files": {}},
+}
+
+
+@pytest.mark.parametrize("name", NO_RECEIPTS)
+def test_a_receipt_that_proves_nothing(folder: Path, name: str) -> None:
+    prove(folder, **NO_RECEIPTS[name])
     unproven(folder)
 
 
