@@ -98,12 +98,12 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
 def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report) -> None:
     """Graphs, weights and their index. A model's memory is given up as soon as its graphs are written."""
     known = spec.generator_graphs() | spec.tokenizer_graphs()
-    # Model → data file → the graphs on it and the keys of their parameters.
+    # Model → data file → the graphs on it and how the names of their parameters begin.
     parts: dict[str, tuple[nn.Module | None, dict[str, tuple[list[str], str]]]] = {
         "generator": (source.generator, {"generator.data": ([*spec.generator_graphs()], "")}),
         "tokenizer": (
             source.tokenizer,
-            {f"{name}.data": ([name], f"{name}r_layers.") for name in spec.tokenizer_graphs()},
+            {"encode.data": (["encode"], "encoder_layers."), "decode.data": (["decode"], "decoder_layers.")},
         ),
     }
     index: Index = {}
@@ -111,6 +111,8 @@ def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report
         if model is None:
             continue
         for file, (names, keys) in files.items():
+            if not known.keys() & set(names):  # a hybrid has nothing to encode
+                continue
             with WeightPool(folder / file) as pool:
                 for name in names:
                     report(f"trace {name}")
