@@ -5,6 +5,8 @@ VENV        ?= .venv
 ARGS        ?=
 # An extra package index with a CPU build of torch, for machines where the default build carries CUDA.
 TORCH_INDEX ?=
+# Test files that run at once; auto is one a core.
+JOBS        ?= auto
 # Where `make train` leaves its runs, and the block sizes that it trains.
 RUNS        ?= runs
 BLOCKS      ?= 1 16 256
@@ -43,7 +45,7 @@ bench: $(SETUP) ## measure the bundled tiny models at three block sizes; more op
 	@$(BIN)/nbp-bench --sizes 1,16,256 $(ARGS)
 
 test: $(SETUP) ## the tests that need no GPU and no patience
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(SETUP) ## the tests that take minutes
 	@$(BIN)/python -m pytest -m "slow and not gpu and not browser" $(ARGS)

@@ -1,7 +1,6 @@
 """The proof that a bundle is the model: lint and parity of every graph, written down as its receipt."""
 
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -9,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nbp_engines.bundle import RECEIPT, Bundle
-from nbp_engines.errors import NbpError, ReceiptWarning
+from nbp_engines.errors import NbpError
 from nbp_export import lint, parity
+from nbp_export.inspect import look
 from nbp_export.weights import read_generator, read_tokenizer
 
 TOOLS = ("nbp-export", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -49,9 +49,7 @@ def prove_again(path: Path, report: Report = lambda _: None) -> Bundle:
 
     Raises BundleError, LintError or ParityError for what is wrong with it.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ReceiptWarning)
-        bundle = Bundle.open(path)
+    bundle = look(path)
     receipt = path / RECEIPT
     try:
         content = json.dumps(prove(bundle, report), indent=1) + "\n"

@@ -144,7 +144,7 @@ def test_a_video_that_is_too_short_or_no_video_is_refused(tmp_path: Path) -> Non
     [
         ([], "nbp-bench --sizes 1,16,256"),
         (["--sizes", "16", "--engines", "trt"], "there are naive, reference, onnx"),
-        (["--sizes", "16", "--checkpoint", "model.ckpt"], "expected SIZE=FILE"),
+        (["--sizes", "16", "--checkpoint", "model.ckpt"], "expected BLOCK=FILE"),
         (["--sizes", "24"], "24"),
         (["--sizes", "16", "--model", "nbp-xl"], "--weights random"),
     ],

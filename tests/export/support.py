@@ -1,12 +1,13 @@
 """Small models to export, and ONNX Runtime driven by hand, without any of our own session code."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 import torch
 
-from nbp_engines.bundle import Bundle
+from nbp_engines.bundle import MANIFEST, Bundle, File
 from nbp_export.sources import Source
 from nbp_reference.config import BlockShape, Latent, ModelConfig, Stage, TokenizerConfig
 from nbp_reference.model import NextBlockTransformer, tensor_scatter_
@@ -34,6 +35,14 @@ def source(block: str, tokenizer: bool = False, latent: tuple[int, int, int] = (
     )
     generator = filled(NextBlockTransformer(config.with_block(block)))
     return Source("small", generator, filled(VideoTokenizer(TOKENIZER)) if tokenizer else None, True, "a test's model")
+
+
+def resealed(bundle: Bundle) -> Bundle:
+    """The bundle as its files are now, under a manifest that describes them."""
+    files = tuple(File.of(bundle.path / file.path) for file in bundle.manifest.files)
+    content = replace(bundle.manifest, files=files).to_bytes()
+    (bundle.path / MANIFEST).write_bytes(content)
+    return Bundle.of(bundle.path, content)
 
 
 def by_hand(bundle: Bundle, graph: str) -> ort.InferenceSession:

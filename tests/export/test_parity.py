@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from nbp_engines.bundle import Bundle, File
+from nbp_engines.bundle import Bundle
 from nbp_export import onnx_bundle, parity
 from nbp_export.graphs import graph_module, trace
 from nbp_export.onnx_bundle import export
@@ -24,7 +24,7 @@ from nbp_export.sources import Source
 from nbp_reference import model as reference
 from nbp_reference.config import ModelConfig
 from nbp_reference.tokenizer import FSQ, CausalConv3d, VideoTokenizer
-from tests.export.support import Exported, source
+from tests.export.support import Exported, resealed, source
 
 Exporter = Callable[..., Exported]
 
@@ -199,14 +199,6 @@ FAULTS: dict[str, tuple[Fault, Callable[[], AbstractContextManager[None]], str, 
     "zero padding": (padded_with_zeros, nullcontext, "encode", "tokens beyond a rounding edge"),
     "another quantiser": (keep, atanh_for_tan, "encode", "tokens beyond a rounding edge"),
 }
-
-
-def resealed(bundle: Bundle) -> Bundle:
-    """The bundle with a manifest of the files as they are now."""
-    files = [asdict(File.of(bundle.path / file.path)) for file in bundle.manifest.files]
-    manifest = bundle.manifest.to_json() | {"files": files}
-    onnx_bundle._write_json(bundle.path / "manifest.json", manifest)
-    return Bundle.open(bundle.path)
 
 
 def checked(bundle: Bundle, source: Source) -> list[Check]:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from click.testing import CliRunner
 from onnx import TensorProto
 from torch import nn
 
-from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle, File
+from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.errors import EngineError, NbpError
 from nbp_engines.ort import OrtSession
 from nbp_export.cli import main
@@ -26,19 +25,11 @@ from nbp_export.parity import ParityError, check_generator, fp32_twin
 from nbp_export.proof import prove
 from nbp_export.sources import Source
 from nbp_export.weights import INDEX, WeightPool, read_generator, read_tokenizer
-from tests.export.support import Exported, source
+from tests.export.support import Exported, resealed, source
 
 Exporter = Callable[..., Exported]
 Copier = Callable[..., Bundle]
 FULL: dict[str, Any] = {"block": "1x1x4", "tokenizer": True}
-
-
-def resealed(bundle: Bundle) -> Bundle:
-    """The bundle as it is now, under a manifest that describes it."""
-    files = tuple(File.of(bundle.path / file.path) for file in bundle.manifest.files)
-    content = replace(bundle.manifest, files=files).to_bytes()
-    (bundle.path / MANIFEST).write_bytes(content)
-    return Bundle.of(bundle.path, content)
 
 
 def edited(bundle: Bundle, change: Callable[[dict[str, Any]], object]) -> Bundle:
