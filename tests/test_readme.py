@@ -65,9 +65,16 @@ def test_make_targets_exist() -> None:
     assert {"bench", "test"} <= used <= targets
 
 
-def test_the_table_is_what_the_committed_records_say() -> None:
-    records = record.read(ROOT / "reports" / "records" / "xeon-2-cores" / "nbp-tiny.jsonl")
-    assert records[0].command == "nbp-bench --sizes 1,16,256"
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("nbp-tiny", "nbp-bench --sizes 1,16,256"),
+        ("nbp-tiny-hybrid", "nbp-bench --model nbp-tiny-hybrid --sizes 16 --out hyb-results"),
+    ],
+)
+def test_the_tables_are_what_the_committed_records_say(name: str, command: str) -> None:
+    records = record.read(ROOT / "reports" / "records" / "xeon-2-cores" / f"{name}.jsonl")
+    assert records[0].command == command
     assert markdown.table(table.RESULTS, records) in README
 
 
