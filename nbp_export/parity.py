@@ -118,12 +118,16 @@ def fp32_twin(path: Path) -> bytes:
             attribute.i = fp32
         if attribute.HasField("t") and attribute.t.data_type == bf16:
             attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(np.float32)))
-    widened = []
+    waiting = {}
     for weight in graph.initializer:
         if weight.data_type == bf16:
-            widened.append(helper.make_node("Cast", [f"{weight.name} in bf16"], [weight.name], to=fp32))
-            weight.name += " in bf16"
-    nodes = [*widened, *graph.node]
+            stored = f"{weight.name} in bf16"
+            waiting[weight.name] = helper.make_node("Cast", [stored], [weight.name], to=fp32)
+            weight.name = stored
+    nodes = []
+    for node in graph.node:  # each weight is widened where it is first used, or all would be in memory at once
+        nodes += [waiting.pop(name) for name in dict.fromkeys(node.input) if name in waiting]
+        nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
     return bytes(model.SerializeToString())
