@@ -295,9 +295,11 @@ def batch(rows: int, size: int, seed: int, step: int) -> Tensor:
 def generator(block: str, out: Path, steps: int, windows: int, hybrid: bool, seed: int) -> None:
     """The generator of one block shape, on the tokens of the trained tokenizer."""
     config = MODELS["nbp-tiny-hybrid" if hybrid else "nbp-tiny"].with_block(block)
-    eyes = checkpoint.load(out / "tokenizer.safetensors").tokenizer
-    if eyes is None:
-        raise click.ClickException(f"no tokenizer in {out}: run `python -m nbp_reference.train tokenizer --out {out}`")
+    file = out / "tokenizer.safetensors"
+    if not file.exists():
+        raise click.ClickException(f"{file} is missing: run `python -m nbp_reference.train tokenizer --out {out}`")
+    eyes = checkpoint.load(file).tokenizer
+    assert eyes is not None  # the command above wrote it
     order = config.block.order(config.latent)
     if hybrid:
         (train, text), (held, held_text) = class_tokens(eyes.eval(), out, config)
