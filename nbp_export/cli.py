@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,27 +21,67 @@ def main() -> None:
     """Take a Next-Block-Prediction video generator from PyTorch to engines, each proven against the reference."""
 
 
+MODEL_OPTIONS = (
+    click.option("--model", help=f"A named size: {SIZES}.  [default: the bundled nbp-tiny]"),
+    click.option(
+        "--checkpoint",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The authors' .ckpt, or our .safetensors: a path, or ORG/REPO[@REVISION][/FILE] on the Hugging Face Hub.",
+    ),
+    click.option(
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The authors' .pt, or ours; here or on the Hub.",
+    ),
+    click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing."),
+    click.option(
+        "--block", help="Block shape TxHxW in latent units, or a size.  [default: the model's own, else 1x1x16]"
+    ),
+    click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True),
+    click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips generated at once."),
+    click.option("--timing-only", is_flag=True, help="Accept a checkpoint that was trained for another block."),
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="The bundle's folder.  [default: ./NAME-BLOCK-DTYPE[-ARCH]]"
+    ),
+)
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What is exported, and where to: the same for every kind of export."""
+    for option in reversed(MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.option("--model", help=f"A named size: {SIZES}.  [default: the bundled nbp-tiny]")
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The authors' .ckpt, or our .safetensors: a path, or ORG/REPO[@REVISION][/FILE] on the Hugging Face Hub.",
-)
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The authors' .pt, or ours; here or on the Hub.",
-)
-@click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing.")
-@click.option("--block", help="Block shape TxHxW in latent units, or a size.  [default: the model's own, else 1x1x16]")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips generated at once.")
-@click.option("--timing-only", is_flag=True, help="Accept a checkpoint that was trained for another block.")
-@click.option("--out", type=click.Path(path_type=Path), help="The bundle's folder.  [default: ./NAME-BLOCK-DTYPE]")
-def onnx(
+@_model_options
+def onnx(**options: Any) -> None:
+    """Export encode, prefill, step and decode as ONNX, opset 24, checked against the reference on this machine.
+
+    A checkpoint without a tokenizer gives prefill and step alone; --tokenizer FILE adds the rest.
+    """
+    _export(**options)
+
+
+@main.command()
+@_model_options
+@click.option("--arch", default="sm80", show_default=True, help="GPU architecture: sm80 (A100), sm86, sm89 or sm120.")
+def trt(arch: str, **options: Any) -> None:
+    """Build TensorRT engines, with no GPU needed, beside the ONNX graphs that they are built from.
+
+    The builder is TensorRT-RTX's. The graphs are checked against the reference on this machine, prefill and steps being
+    one graph; the network that TensorRT makes of them is checked for ignored inputs, copied caches and unfused
+    attention. The engines themselves have never been executed by us: that takes the GPU. TensorRT 11: not yet.
+    """
+    from nbp_export.trt import library
+
+    library()
+    _export(arch=arch, **options)
+
+
+def _export(
     model: str | None,
     checkpoint: Path | None,
     tokenizer: Path | None,
@@ -51,26 +91,27 @@ def onnx(
     batch: int,
     timing_only: bool,
     out: Path | None,
+    arch: str | None = None,
 ) -> None:
-    """Export encode, prefill, step and decode as ONNX, opset 24, checked against the reference on this machine.
-
-    A checkpoint without a tokenizer gives prefill and step alone; --tokenizer FILE adds the rest.
-    """
     from nbp_export._extras import need
 
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
     from nbp_export.onnx_bundle import export
     from nbp_export.sources import Request, find
+    from nbp_export.trt import UNTRIED
 
     with _stages() as (say, report):
         report("load")
         source = find(Request(model, checkpoint, tokenizer, weights, block, timing_only))
         say(source.note)
-        folder = out or Path(f"{source.name}-{source.generator.config.block}-{dtype}")
+        name = f"{source.name}-{source.generator.config.block}-{dtype}"
+        folder = out or Path(f"{name}-{arch}" if arch else name)
         if source.tokenizer is None:
             say("no tokenizer in the checkpoint: generator graphs alone; --tokenizer FILE adds encode and decode")
-        bundle = export(source, folder, dtype, batch, report)
+        bundle = export(source, folder, dtype, batch, report, arch=arch)
         say(_outcome(bundle))
+        if arch:
+            say(f"engines for {arch}: {UNTRIED}")
     click.echo(bundle.path)
 
 

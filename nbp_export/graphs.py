@@ -18,6 +18,7 @@ from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
 OPSET = 24  # the first with TensorScatter
+FREE = "T"  # the number of tokens, where a graph leaves it open
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64}
 
 
@@ -87,17 +88,29 @@ def graph_module(spec: SystemSpec, name: str, model: nn.Module) -> nn.Module:
     return _Encode(model, dtype) if name == "encode" else _Decode(model, spec.latent)
 
 
-def trace(module: nn.Module, spec: GraphSpec) -> ir.Model:
-    """One static graph of opset 24 with the spec's names; the weights stay where torch has them."""
+def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> ir.Model:
+    """One graph of opset 24 with the spec's names; the weights stay where torch has them.
+
+    All static, or with `free_tokens`, for a block step, its tokens in any number: the same graph is then prefill and
+    steps, fewer tokens than a block included, though torch traces it for a block and more.
+    """
     # One tensor for each input: torch.export merges inputs that are the same object, silently.
     example = tuple(torch.zeros(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.inputs)
+    traced: nn.Module | torch.export.ExportedProgram = module.eval()
+    if free_tokens:
+        (batch, size), slots = spec.inputs[0].shape, spec.inputs[2].shape[2]
+        # An example of a size that nothing else has; torch takes a 1, and equal sizes, for constants.
+        example = (torch.zeros(batch, 2 * size + 1, dtype=torch.int64), *example[1:])
+        free = {1: torch.export.Dim(FREE, min=size + 1, max=slots)}
+        shapes = {"tokens": free, "cache_pos": None, "caches": tuple(None for _ in example[2:])}
+        traced = torch.export.export(module.eval(), example, dynamic_shapes=shapes)
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # wants torchvision
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about its pytrees
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         program = torch.onnx.export(
-            module.eval(),
-            example,
+            traced,
+            () if free_tokens else example,
             dynamo=True,
             opset_version=OPSET,
             input_names=[t.name for t in spec.inputs],
@@ -106,9 +119,17 @@ def trace(module: nn.Module, spec: GraphSpec) -> ir.Model:
             verbose=False,
         )
     assert program is not None
-    program.model.graph.name = spec.name
-    _anonymise(program.model)
-    return program.model
+    model, graph = program.model, program.model.graph
+    graph.name = spec.name
+    _anonymise(model)
+    if free_tokens:
+        # Torch has fixed the sizes behind the last block's rows, which are fewer for fewer tokens.
+        for value in (v for node in graph for v in node.outputs if v not in graph.outputs):
+            value.shape = None
+        (batch, _), (_, _, vocab) = spec.inputs[0].shape, spec.outputs[0].shape
+        graph.inputs[0].shape = ir.Shape([batch, FREE])
+        graph.outputs[0].shape = ir.Shape([batch, f"min({FREE}, L)", vocab])
+    return model
 
 
 def _tensor_scatter(cache: ir.Value, update: ir.Value, cache_pos: ir.Value) -> Sequence[ir.Value]:

@@ -21,11 +21,25 @@ from nbp_engines.spec import SystemSpec
 from nbp_export.graphs import graph_module, system_spec, trace
 from nbp_export.proof import NOT_IN_BF16, Report, prove, versions
 from nbp_export.sources import Source
+from nbp_export.trt import build_engines
 from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
 
+GENERATOR = "generator.onnx"  # prefill and steps in one
 
-def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, report: Report = lambda _: None) -> Bundle:
+
+def export(
+    source: Source,
+    out: Path,
+    dtype: str = "fp32",
+    batch: int = 1,
+    report: Report = lambda _: None,
+    one_graph: bool = False,
+    arch: str | None = None,
+) -> Bundle:
     """Write the bundle of a model to a folder that does not exist yet, weights rounded to `dtype`.
+
+    With `one_graph`, prefill and steps are one graph that takes any number of tokens, else a static graph each. With
+    `arch`, a GPU architecture, which takes one graph, TensorRT engines are built from the very graphs that are proven.
 
     The source is used up: its models give their memory back once their graphs are written.
 
@@ -40,8 +54,10 @@ def export(source: Source, out: Path, dtype: str = "fp32", batch: int = 1, repor
     spec = system_spec(source.generator.config, source.tokenizer.config if source.tokenizer else None, dtype, batch)
     with _appearing(out) as folder, torch.no_grad():
         digest = weights_sha256(source.generator, source.tokenizer)
-        _write_graphs(source, spec, folder, report)
-        content = _manifest(source, spec, digest, folder).to_bytes()
+        graphs = _write_graphs(source, spec, folder, report, one_graph or arch is not None)
+        if arch:
+            build_engines(folder, spec, graphs, arch, report)
+        content = _manifest(source, spec, digest, folder, graphs).to_bytes()
         bundle = Bundle.of(folder, content)
         _write_json(folder / RECEIPT, prove(bundle, report))
         (folder / MANIFEST).write_bytes(content)  # last, so that whatever a killed export leaves is no bundle
@@ -95,8 +111,8 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
         yield locked
 
 
-def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report) -> None:
-    """Graphs, weights and their index. A model's memory is given up as soon as its graphs are written."""
+def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report, one_graph: bool) -> dict[str, str]:
+    """Graphs, weights and their index; graph name → file. A model's memory is given up once its graphs are written."""
     known = spec.generator_graphs() | spec.tokenizer_graphs()
     # Model → data file → the graphs on it and how the names of their parameters begin.
     parts: dict[str, tuple[nn.Module | None, dict[str, tuple[list[str], str]]]] = {
@@ -107,6 +123,7 @@ def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report
         ),
     }
     index: Index = {}
+    written: dict[str, str] = {}
     for kind, (model, files) in parts.items():
         if model is None:
             continue
@@ -114,19 +131,22 @@ def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report
             if not known.keys() & set(names):  # a hybrid has nothing to encode
                 continue
             with WeightPool(folder / file) as pool:
-                for name in names:
+                one = one_graph and kind == "generator"
+                for name in ["step"] if one else names:
                     report(f"trace {name}")
-                    graph = trace(graph_module(spec, name, model), known[name])
+                    graph = trace(graph_module(spec, name, model), known[name], free_tokens=one)
                     pool.take(graph)
-                    ir.save(graph, folder / f"{name}.onnx")
+                    ir.save(graph, folder / (GENERATOR if one else f"{name}.onnx"))
+                written |= {name: GENERATOR if one else f"{name}.onnx" for name in names}
                 state = model.state_dict(prefix=f"{kind}.")
                 index |= pool.index({key: state[key] for key in state if key.startswith(f"{kind}.{keys}")})
         model.to("meta")
         del graph, state
     _write_json(folder / INDEX, index)
+    return written
 
 
-def _manifest(source: Source, spec: SystemSpec, digest: str, folder: Path) -> Manifest:
+def _manifest(source: Source, spec: SystemSpec, digest: str, folder: Path, graphs: dict[str, str]) -> Manifest:
     config = {"generator": source.generator.config.to_json()}
     if source.tokenizer:
         config["tokenizer"] = source.tokenizer.config.to_json()
@@ -135,11 +155,7 @@ def _manifest(source: Source, spec: SystemSpec, digest: str, folder: Path) -> Ma
         schema=SCHEMA,
         runtime="onnx",
         spec=spec,
-        graphs={
-            name: f"{name}.onnx"
-            for name in spec.generator_graphs() | spec.tokenizer_graphs()
-            if (folder / f"{name}.onnx").exists()
-        },
+        graphs=graphs,
         files=tuple(File.of(path) for path in sorted(folder.iterdir())),
         model={"name": source.name, "config": config, "weights_sha256": digest, "trained": source.trained},
         sampling=Sampling(),

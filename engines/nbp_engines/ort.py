@@ -44,6 +44,14 @@ class _Graph:
         return self.outputs[self._spec.outputs[0].name]
 
 
+def _shape(value: Any, due: tuple[int, ...]) -> list[Any]:
+    """Its dimensions; the number of tokens, where the graph leaves it open, is the one that is due."""
+    shape = list(value.shape)
+    if value.name in ("tokens", "logits") and len(shape) == len(due) and isinstance(shape[1], str):
+        shape[1] = due[1]
+    return shape
+
+
 def _check(session: Any, spec: GraphSpec, path: Path) -> None:
     """Raise EngineError unless the graph has the spec's inputs and outputs: the runtime writes to memory by address."""
     for kind, tensors, declared in (
@@ -51,7 +59,8 @@ def _check(session: Any, spec: GraphSpec, path: Path) -> None:
         ("output", spec.outputs, session.get_outputs()),
     ):
         due = {t.name: f"{ONNX_TYPES[t.dtype]} {list(t.shape)}" for t in tensors}
-        found = {value.name: f"{value.type} {value.shape}" for value in declared}
+        sizes = {t.name: t.shape for t in tensors}
+        found = {value.name: f"{value.type} {_shape(value, sizes.get(value.name, ()))}" for value in declared}
         for name in due | found:
             if found.get(name) != due.get(name):
                 raise EngineError(
@@ -98,20 +107,20 @@ class OrtSession:
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else all weights are widened at the start
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
             options.add_session_config_entry("session.disable_prepacking", "1")
-        specs, sessions = bundle.manifest.graph_specs(), {}
-        for name, spec in specs.items():
-            if graphs is not None and name not in graphs:
-                continue
+        specs = bundle.manifest.graph_specs()
+        opened: dict[Path, Any] = {}  # one file may hold several graphs
+        wanted = [name for name in specs if graphs is None or name in graphs]
+        for name in wanted:
             path = bundle.graph_file(name)
             try:
-                sessions[name] = ort.InferenceSession(
+                opened[path] = opened.get(path) or ort.InferenceSession(
                     (models or {}).get(name, path), options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # the runtime's own exceptions share no base but this
                 raise EngineError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
-            _check(sessions[name], spec, path)
+            _check(opened[path], specs[name], path)
         self.caches = {t.name: t.empty() for t in self.spec.caches()}
-        self._graphs = {name: _Graph(session, specs[name], self.caches) for name, session in sessions.items()}
+        self._graphs = {name: _Graph(opened[bundle.graph_file(name)], specs[name], self.caches) for name in wanted}
 
     def run(self, graph: str, **inputs: np.ndarray) -> np.ndarray:
         """Run one graph on named inputs; the first output's buffer, valid until the graph's next run."""

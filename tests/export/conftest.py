@@ -18,12 +18,14 @@ Exporter = Callable[..., Exported]
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
-    """`exported(block, dtype="fp32", batch=1, tokenizer=False, latent=(5, 4, 4))`, the same bundle every time."""
+    """`exported(block, dtype="fp32", batch=1, tokenizer=False, latent=(5, 4, 4), one_graph=False)`, made once each."""
 
     @cache
-    def make(block: str, dtype: str, batch: int, tokenizer: bool, latent: tuple[int, int, int]) -> Exported:
+    def make(
+        block: str, dtype: str, batch: int, tokenizer: bool, latent: tuple[int, int, int], one_graph: bool
+    ) -> Exported:
         out = tmp_path_factory.mktemp("bundles") / f"small-{block}-{dtype}"
-        bundle = export(source(block, tokenizer, latent), out, dtype, batch)
+        bundle = export(source(block, tokenizer, latent), out, dtype, batch, one_graph=one_graph)
         model = source(block, tokenizer, latent)
         for part in (model.generator, model.tokenizer):
             if part:
@@ -36,8 +38,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
         batch: int = 1,
         tokenizer: bool = False,
         latent: tuple[int, int, int] = (5, 4, 4),
+        one_graph: bool = False,
     ) -> Exported:
-        return make(block, dtype, batch, tokenizer, latent)
+        return make(block, dtype, batch, tokenizer, latent, one_graph)
 
     return exported
 

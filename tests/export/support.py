@@ -47,7 +47,7 @@ def resealed(bundle: Bundle) -> Bundle:
 
 def by_hand(bundle: Bundle, graph: str) -> ort.InferenceSession:
     """A graph in ONNX Runtime as anybody would open it."""
-    return ort.InferenceSession(str(bundle.path / f"{graph}.onnx"), providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(bundle.graph_file(graph)), providers=["CPUExecutionProvider"])
 
 
 def rubbish(bundle: Bundle) -> dict[str, np.ndarray]:

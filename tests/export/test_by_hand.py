@@ -24,6 +24,8 @@ CASES: list[dict[str, Any]] = [
     {"block": "2x4x4", "latent": (4, 4, 4)},
     {"block": "1x1x4", "dtype": "fp16", "batch": 2, "tokenizer": True},
     {"block": "1x2x2", "dtype": "fp16"},
+    {"block": "1x2x2", "batch": 2, "one_graph": True},
+    {"block": "1x1x1", "one_graph": True},
 ]
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 

@@ -37,11 +37,12 @@ def small(block: BlockShape) -> Source:
     return Source("small", filled(NextBlockTransformer(config)), filled(VideoTokenizer(TOKENIZER)), True, "a test's")
 
 
-@pytest.fixture(scope="module", params=["1x1x1", "1x2x2", "5x1x2"])
+@pytest.fixture(scope="module", params=["1x1x1", "1x2x2", "5x1x2", "1x2x2 one graph"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Source]:
-    block = BlockShape.parse(request.param, Latent(5, 4, 4))
+    shape, _, one_graph = request.param.partition(" ")
+    block = BlockShape.parse(shape, Latent(5, 4, 4))
     out = tmp_path_factory.mktemp("bundles") / f"small-{block}"
-    return export(small(block), out, batch=2), small(block)
+    return export(small(block), out, batch=2, one_graph=bool(one_graph)), small(block)
 
 
 def test_the_authors_greedy_tokens_by_hand(authors: Bundle) -> None:
