@@ -337,11 +337,11 @@ def test_other_weights_are_caught_in_either_dtype(
 
 
 def test_an_export_that_fails_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def faulty(module: nn.Module, spec: object) -> ir.Model:
+    def faulty(module: nn.Module, spec: object, **options: bool) -> ir.Model:
         if getattr(spec, "name", "") == "step":
             module = copy.deepcopy(module)
             next_position(module)
-        return trace(module, spec)  # type: ignore[arg-type]
+        return trace(module, spec, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(onnx_bundle, "trace", faulty)
     with pytest.raises(ParityError) as error:
