@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from nbp_engines.errors import NbpError
 from nbp_engines.spec import GraphSpec
@@ -37,22 +37,19 @@ def _named(model: ModelProto, *ops: str) -> list[NodeProto]:
     return [node for node in model.graph.node if node.op_type in ops]
 
 
-def _shape(value: ValueInfoProto, due: tuple[int, ...]) -> tuple[int, ...]:
-    """Its dimensions; the number of tokens, where it is left open, is the one that is due."""
-    dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
-    if value.name in ("tokens", "logits") and len(dims) == len(due) and not dims[1]:
-        dims[1] = due[1]
-    return tuple(dims)
-
-
 def signature(model: ModelProto, spec: GraphSpec) -> Iterator[str]:
     """Inputs and outputs are the spec's, and no input is ignored: torch.export merges examples that are one object."""
     for kind, values, expected in (
         ("inputs", model.graph.input, spec.inputs),
         ("outputs", model.graph.output, spec.outputs),
     ):
-        due = {t.name: t.shape for t in expected}
-        found = [(v.name, v.type.tensor_type.elem_type, _shape(v, due.get(v.name, ()))) for v in values]
+        due = {t.name: t for t in expected}
+        found = []
+        for value in values:
+            dims: tuple[int | str, ...] = tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)
+            if value.name in due:
+                dims = due[value.name].settled(dims)
+            found.append((value.name, value.type.tensor_type.elem_type, dims))
         wanted = [(t.name, ONNX_DTYPES[t.dtype], t.shape) for t in expected]
         if found != wanted:
             odd = [f"{f} where {w} is due" for f, w in zip(found, wanted, strict=False) if f != w]

@@ -1,7 +1,6 @@
 """Exports a model to an ONNX bundle: trace, share the weights, lint, prove parity, and only then give it its name."""
 
 import glob
-import json
 import os
 import shutil
 import tempfile
@@ -19,7 +18,7 @@ from nbp_engines.errors import UsageError
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
 from nbp_export.graphs import graph_module, system_spec, trace
-from nbp_export.proof import NOT_IN_BF16, Report, prove, versions
+from nbp_export.proof import NOT_IN_BF16, Report, prove, versions, write_json
 from nbp_export.sources import Source
 from nbp_export.trt import build_engines
 from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
@@ -59,7 +58,7 @@ def export(
             build_engines(folder, spec, graphs, arch, report)
         content = _manifest(source, spec, digest, folder, graphs).to_bytes()
         bundle = Bundle.of(folder, content)
-        _write_json(folder / RECEIPT, prove(bundle, report))
+        write_json(folder / RECEIPT, prove(bundle, report))
         (folder / MANIFEST).write_bytes(content)  # last, so that whatever a killed export leaves is no bundle
     return replace(bundle, path=out)  # the same files under their name; no need to hash them all again
 
@@ -142,7 +141,7 @@ def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report
                 index |= pool.index({key: state[key] for key in state if key.startswith(f"{kind}.{keys}")})
         model.to("meta")
         del graph, state
-    _write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
     return written
 
 
@@ -163,7 +162,3 @@ def _manifest(source: Source, spec: SystemSpec, digest: str, folder: Path, graph
         versions=versions(),
         provenance={"note": source.note} | ({"executed": NOT_IN_BF16} if spec.dtype == "bf16" else {}),
     )
-
-
-def _write_json(path: Path, data: object) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n")

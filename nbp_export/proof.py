@@ -52,14 +52,12 @@ def prove_again(path: Path, report: Report = lambda _: None) -> Bundle:
     bundle = look(path)
     receipt = path / RECEIPT
     try:
-        content = json.dumps(prove(bundle, report), indent=1) + "\n"
+        content = prove(bundle, report)
     except NbpError:
         receipt.unlink(missing_ok=True)
         raise
     try:
-        partial = receipt.with_suffix(".partial")
-        partial.write_text(content)
-        partial.replace(receipt)
+        write_json(receipt, content)
     except OSError as error:
         raise NbpError(f"{path} passed, but its receipt cannot be written: {error.strerror}") from error
     return bundle
@@ -69,6 +67,13 @@ def _checks(bundle: Bundle) -> Iterator[parity.Check]:
     yield from parity.check_generator(bundle, read_generator(bundle))
     if tokenizer := read_tokenizer(bundle):
         yield from parity.check_tokenizer(bundle, tokenizer)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write a file of a bundle; an interrupted write leaves the old one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -4,19 +4,18 @@ The builder is TensorRT-RTX's: it takes an architecture by name. What cannot be 
 itself; so the network that it is built from is checked, and nothing here says that an engine has run.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nbp_engines.errors import NbpError, UsageError
 from nbp_engines.spec import GraphSpec, SystemSpec
-from nbp_export.proof import Report
+from nbp_export._extras import need
+from nbp_export.proof import Report, write_json
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 BUILDS = "engines.json"
@@ -69,7 +68,7 @@ def build_engines(folder: Path, spec: SystemSpec, graphs: dict[str, str], arch: 
         built, content = build(folder / graph, uses, arch)
         (folder / built.file).write_bytes(content)
         engines.append(asdict(built))
-    (folder / BUILDS).write_text(json.dumps(engines, indent=1) + "\n")
+    write_json(folder / BUILDS, engines)
 
 
 def build(graph: Path, uses: Sequence[GraphSpec], arch: str) -> tuple[Engine, bytes]:
@@ -137,8 +136,7 @@ def faults(network: Any, log: dict[str, list[str]], use: GraphSpec) -> Iterator[
 @cache
 def library() -> Any:
     """TensorRT-RTX's module. Raises NbpError with the pip command if it is not installed."""
-    if find_spec("tensorrt_rtx") is None:
-        raise NbpError("tensorrt_rtx missing: pip install 'nbp-export[export,cpu,trt-rtx]'")
+    need("trt-rtx", "tensorrt_rtx")
     import tensorrt_rtx
 
     return tensorrt_rtx

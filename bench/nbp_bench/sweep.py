@@ -18,6 +18,7 @@ from nbp_engines.bundle import Bundle
 from nbp_engines.errors import BundleError, UsageError
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
+from nbp_engines.text import class_ids
 from nbp_export.graphs import system_spec
 from nbp_export.onnx_bundle import export
 from nbp_export.proof import versions
@@ -104,9 +105,10 @@ class _Subject:
 
 def _texts(subject: _Subject) -> tuple[list[np.ndarray], str]:
     """Texts of a class-conditional model, int64 [P], and what they say."""
-    classes = range(1, len(subject.words)) if subject.words else range(1)
-    texts = [np.array([c] + [0] * (subject.spec.text_tokens - 1)) for c in classes]
-    return texts, "class " + ", ".join(subject.words[1:]) if subject.words else "text ids 0, for timing"
+    if not subject.words:
+        return [np.zeros(subject.spec.text_tokens, np.int64)], "text ids 0, for timing"
+    classes = subject.words[1:]
+    return [class_ids(name, subject.spec, subject.words, None) for name in classes], "class " + ", ".join(classes)
 
 
 def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[Measured]:

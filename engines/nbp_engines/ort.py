@@ -44,14 +44,6 @@ class _Graph:
         return self.outputs[self._spec.outputs[0].name]
 
 
-def _shape(value: Any, due: tuple[int, ...]) -> list[Any]:
-    """Its dimensions; the number of tokens, where the graph leaves it open, is the one that is due."""
-    shape = list(value.shape)
-    if value.name in ("tokens", "logits") and len(shape) == len(due) and isinstance(shape[1], str):
-        shape[1] = due[1]
-    return shape
-
-
 def _check(session: Any, spec: GraphSpec, path: Path) -> None:
     """Raise EngineError unless the graph has the spec's inputs and outputs: the runtime writes to memory by address."""
     for kind, tensors, declared in (
@@ -59,8 +51,10 @@ def _check(session: Any, spec: GraphSpec, path: Path) -> None:
         ("output", spec.outputs, session.get_outputs()),
     ):
         due = {t.name: f"{ONNX_TYPES[t.dtype]} {list(t.shape)}" for t in tensors}
-        sizes = {t.name: t.shape for t in tensors}
-        found = {value.name: f"{value.type} {_shape(value, sizes.get(value.name, ()))}" for value in declared}
+        known = {t.name: t for t in tensors}
+        found = {
+            v.name: f"{v.type} {list(known[v.name].settled(v.shape) if v.name in known else v.shape)}" for v in declared
+        }
         for name in due | found:
             if found.get(name) != due.get(name):
                 raise EngineError(

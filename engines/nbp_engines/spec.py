@@ -4,6 +4,7 @@ Shape legend: B batch, L tokens in a block, P condition tokens (given latent fra
 N heads, D head dim, V vocabulary, F frames, T×H×W latent frames, rows and columns of tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Self
@@ -26,6 +27,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Its size in memory."""
         return prod(self.shape) * BYTES[self.dtype]
+
+    def settled(self, dims: Sequence[int | str]) -> tuple[int | str, ...]:
+        """Dimensions that a graph declares; its number of tokens, where a name leaves it open, is this one's."""
+        counts = self.name in ("tokens", "logits") and len(dims) == len(self.shape)
+        return (dims[0], self.shape[1], *dims[2:]) if counts and isinstance(dims[1], str) else tuple(dims)
 
     def empty(self) -> np.ndarray:
         """A zeroed buffer for it."""
