@@ -155,6 +155,7 @@ def _manifest(source: Source, spec: SystemSpec, digest: str, folder: Path, graph
         runtime="onnx",
         spec=spec,
         graphs=graphs,
+        engines=(),
         files=tuple(File.of(path) for path in sorted(folder.iterdir())),
         model={"name": source.name, "config": config, "weights_sha256": digest, "trained": source.trained},
         sampling=Sampling(),

@@ -18,7 +18,7 @@ from nbp_engines.sampling import Sampling
 from nbp_engines.spec import GraphSpec, SystemSpec
 from nbp_engines.strict import ANYTHING, FLAG, FROM_0, TEXT, Kind, Rule, check, loads, matching, number, whole
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
 MAX_BUFFERS = 2**40  # bytes: no machine has them, and no model of the paper comes near
@@ -38,6 +38,16 @@ MANIFEST_RULES: Rule = {
     "runtime": TEXT,
     "spec": SPEC_RULES,
     "graphs": {...: NAME},
+    "engines": [
+        {
+            "file": NAME,
+            "graphs": [NAME],
+            "arch": matching("a GPU architecture such as sm80", r"sm[1-9][0-9]{1,2}"),
+            "compatibility": matching("none, ampere+ or same-cc", r"none|ampere\+|same-cc"),
+            "library": matching("tensorrt or tensorrt_rtx", "tensorrt(_rtx)?"),
+            "version": TEXT,
+        }
+    ],
     "files": [{"path": NAME, "size": whole(0, 2**63 - 1), "sha256": SHA256}],
     "model": {"name": TEXT, "config": {...: ANYTHING}, "weights_sha256": SHA256, "trained": FLAG},
     "sampling": {
@@ -92,14 +102,36 @@ class File:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What TensorRT built from one graph file.
+
+    Attributes:
+        file: in the bundle.
+        graphs: graph names, an optimisation profile each, in this order.
+        arch: the GPU architecture, `sm80`.
+        compatibility: the GPUs that it may run on besides: `none`, `ampere+` or `same-cc`.
+        library: the Python module that built it, `tensorrt` or `tensorrt_rtx`, and that has to run it.
+        version: of the library; no other will do.
+    """
+
+    file: str
+    graphs: tuple[str, ...]
+    arch: str
+    compatibility: str
+    library: str
+    version: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle is.
 
     Attributes:
         schema: version of this layout.
-        runtime: the kind of session that runs it, `onnx`.
+        runtime: the kind of session that it was made for, `onnx` or `tensorrt`; the graphs of either run in `onnx`.
         spec: all static numbers; the graphs' inputs and outputs follow from it.
         graphs: graph name → file name.
+        engines: built from those graphs.
         files: every file but the manifest and the receipt.
         model: name, config and weights hash of what was exported.
         sampling: the defaults to generate with.
@@ -112,6 +144,7 @@ class Manifest:
     runtime: str
     spec: SystemSpec
     graphs: dict[str, str]
+    engines: tuple[Engine, ...]
     files: tuple[File, ...]
     model: dict[str, Any]
     sampling: Sampling
@@ -150,6 +183,7 @@ class Manifest:
         check(data, MANIFEST_RULES, "manifest")
         made: dict[str, Any] = {
             "spec": SystemSpec.from_json(data["spec"]),
+            "engines": tuple(Engine(**engine | {"graphs": tuple(engine["graphs"])}) for engine in data["engines"]),
             "files": tuple(File(**file) for file in data["files"]),
             "sampling": Sampling(**data["sampling"]),
             "words": tuple(data["words"]),
@@ -177,14 +211,22 @@ class Manifest:
         due, extra = spec.generator_graphs(), spec.tokenizer_graphs()
         if odd := due.keys() - self.graphs.keys() | self.graphs.keys() - due.keys() - extra.keys():
             yield f"graphs {sorted(odd)} are missing, or mean nothing: {[*due]} are due, {[*extra]} may be"
-        if unlisted := set(self.graphs.values()) - {file.path for file in self.files}:
+        present = {file.path for file in self.files}
+        if unlisted := set(self.graphs.values()) - present:
             yield f"graphs {sorted(unlisted)} are not among its files"
+        if unlisted := {engine.file for engine in self.engines} - present:
+            yield f"engines {sorted(unlisted)} are not among its files"
         for graph in self.graph_specs().values():
             for tensor in (*graph.inputs, *graph.outputs):
                 if min(tensor.shape) < 1:
                     yield f"{tensor.name} of {graph.name} would be {list(tensor.shape)}"
         if (size := sum(self.buffers().values())) > MAX_BUFFERS:
             yield f"its buffers would be {size:,} bytes"
+        built = Counter(graph for engine in self.engines for graph in engine.graphs)
+        if built and built != Counter(self.graphs.keys()):
+            yield f"engines hold the graphs {sorted(built.elements())}, where {sorted(self.graphs)} are due"
+        if self.runtime == "tensorrt" and not built:
+            yield "it was made for tensorrt and has no engine"
         if json.loads(json.dumps({name: asdict(graph) for name, graph in self.graph_specs().items()})) != signatures:
             yield "the signatures do not follow from the spec"
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, File, Manifest
+from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, Engine, File, Manifest
 from nbp_engines.errors import BundleError, EngineError, ReceiptWarning, plain_warnings
 from nbp_engines.sampling import Sampling
 from nbp_engines.session import open_session
@@ -36,16 +36,21 @@ SPEC = SystemSpec(
 )
 
 
+FILES = ("generator.data", "generator.engine", "prefill.onnx", "step.onnx")
+ENGINE = Engine("generator.engine", ("prefill", "step"), "sm80", "none", "tensorrt_rtx", "1.7.1.116")
+
+
 def make(path: Path, runtime: str = "onnx", **graphs: bytes) -> Path:
     """An intact bundle as far as the files go; no runtime could run its graphs, unless they are given."""
     path.mkdir()
-    for name in ("prefill.onnx", "step.onnx", "generator.data"):
+    for name in FILES:
         (path / name).write_bytes(graphs.get(Path(name).stem, name.encode() * 100))
     manifest = Manifest(
         schema=SCHEMA,
         runtime=runtime,
         spec=SPEC,
         graphs={"prefill": "prefill.onnx", "step": "step.onnx"},
+        engines=(ENGINE,),
         files=tuple(File.of(file) for file in sorted(path.iterdir())),
         model={"name": "toy", "config": {}, "weights_sha256": "0" * 64, "trained": True},
         sampling=Sampling(top_k=20),
@@ -93,6 +98,7 @@ def test_a_hybrids_manifest_round_trip(folder: Path) -> None:
     manifest = Bundle.open(folder).manifest
     hybrid = replace(
         manifest,
+        engines=(replace(ENGINE, graphs=("prefill", "step", "step_1")),),
         spec=replace(SPEC, condition_latents=0, condition_frames=0, text_tokens=3, text_vocab=2),
         graphs=manifest.graphs | {"step_1": "step.onnx"},
         words=("", "tree"),
@@ -124,7 +130,7 @@ def test_no_bundle(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "nowhere", MANIFEST)
 
 
-@pytest.mark.parametrize("name", ["prefill.onnx", "step.onnx", "generator.data"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("where", [0, -1])
 def test_one_flipped_bit(folder: Path, name: str, where: int) -> None:
     content = bytearray((folder / name).read_bytes())
@@ -196,6 +202,16 @@ WRONG_VALUES: list[tuple[str, str, Iterable[object]]] = [
     *((f"graphs.{name}", "mean nothing", ["step.onnx"]) for name in ("dream", "", "step_1", "PREFILL")),
     ("graphs.\x1b", "a name in manifest.graphs is '\\x1b'", ["step.onnx"]),
     ("graphs", "graphs", [{}, [], None, "step.onnx", {"step": "step.onnx"}]),
+    ("engines", "engines", [None, {}, "generator.engine", [[]], [None]]),
+    ("engines[0].file", "engines[0].file is ", NO_NAMES),
+    ("engines[0].file", "engines ['other.engine'] are not among its files", ["other.engine"]),
+    ("engines[0].graphs", "engines[0].graphs", [None, {}, "step", [3], ["../step"]]),
+    ("engines[0].graphs", "where ['prefill', 'step'] are due", [["step"], ["step", "step", "prefill"], ["dream"]]),
+    ("engines[0].arch", "engines[0].arch is ", [None, 80, "sm", "sm8", "sm08", "80", "SM80", "sm80 "]),
+    ("engines[0].compatibility", "engines[0].compatibility is ", [None, "", "all", "ampere", ["none"]]),
+    ("engines[0].library", "engines[0].library is ", [None, "", "os", "tensorrt_rtx.x", "TensorRT", "tensorrt_llm"]),
+    ("engines[0].version", "engines[0].version is ", [None, 11, "11\x1b"]),
+    ("engines[0].seconds", "'seconds', which means nothing", [3]),
     ("sampling.temperature", "sampling.temperature is ", [-0.1, True, "1", None, []]),
     ("sampling.temperature", "no number of JSON", NO_JSON),
     ("sampling.top_k", "sampling.top_k is ", [0, -1, 1.5, True, "1", None, 2**31]),
@@ -344,6 +360,11 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
         lambda m: replace(spec(video=(0, 0, 0), condition_frames=0)(m), graphs=m.graphs | {"decode": "step.onnx"}),
         "video of decode would be [1, 3, 0, 0, 0]",
     ),
+    "an engine for some graphs": (
+        lambda m: replace(m, engines=(replace(ENGINE, graphs=("step",)),)),
+        "engines hold the graphs ['step'], where ['prefill', 'step'] are due",
+    ),
+    "no engine to run": (lambda m: replace(m, runtime="tensorrt", engines=()), "has no engine"),
     "no step": (lambda m: replace(m, graphs={"prefill": "prefill.onnx"}), "['step'] are missing"),
 }
 
@@ -352,7 +373,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
 def test_values_that_contradict_each_other(folder: Path, name: str) -> None:
     change, words = CONTRADICTIONS[name]
     manifest = change(Bundle.open(folder).manifest)
-    for file in manifest.files[3:]:
+    for file in manifest.files[4:]:
         with suppress(shutil.SameFileError):  # all there, even those that must not be listed
             shutil.copy(folder / "generator.data", folder / file.path)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
@@ -431,10 +452,10 @@ def test_the_receipt_is_void_once_a_byte_of_the_manifest_changes_that_means_noth
     unproven(folder)
 
 
-@pytest.mark.parametrize("name", ["prefill.onnx", "step.onnx", "generator.data"])
+@pytest.mark.parametrize("name", FILES)
 def test_the_receipt_is_void_once_a_file_changes_even_with_the_manifest_mended(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"other")
-    files = [asdict(File.of(folder / n)) for n in ("generator.data", "prefill.onnx", "step.onnx")]
+    files = [asdict(File.of(folder / n)) for n in FILES]
     edit(folder, lambda data: data.update(files=files))
     unproven(folder)
 
