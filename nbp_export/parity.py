@@ -18,6 +18,7 @@ from nbp_engines.bundle import Bundle
 from nbp_engines.errors import NbpError
 from nbp_engines.ort import OrtSession
 from nbp_engines.spec import SystemSpec
+from nbp_export.graphs import TORCH_DTYPES
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
@@ -155,11 +156,13 @@ def _generator(
     tokens = rng.integers(0, spec.vocab, spec.generator_graphs()[name].inputs[0].shape)
     # Rows of a batch at different positions, where there is room: the graph promises one position a row.
     starts = [0 if name == "prefill" else max(start - b * spec.block_size, 0) for b in range(spec.batch)]
-    for buffer in session.caches.values():
-        buffer[...] = rng.choice([-1.0, 1.0], buffer.shape) * rng.uniform(GARBAGE / 2, GARBAGE, buffer.shape)
+    before = {}
+    for tensor in spec.caches():
+        value = rng.choice([-1.0, 1.0], tensor.shape) * rng.uniform(GARBAGE / 2, GARBAGE, tensor.shape)
         for row, valid in enumerate(starts):
-            buffer[row, :, :valid] = rng.standard_normal(buffer[row, :, :valid].shape)
-    before = {key: torch.from_numpy(value.astype(np.float32)) for key, value in session.caches.items()}
+            value[row, :, :valid] = rng.standard_normal(value[row, :, :valid].shape)
+        before[tensor.name] = torch.from_numpy(value).to(TORCH_DTYPES[spec.dtype]).float()
+        session.write_caches({tensor.name: before[tensor.name].numpy()})
     names = list(before)
     cache_pos = np.array(starts)
     logits, k_out, v_out = generator.block_step(
@@ -173,14 +176,14 @@ def _generator(
     yield compare(name, at, "logits", found, logits.numpy(), tolerance)
     expected = dict(zip(names, (c for pair in zip(k_out, v_out, strict=True) for c in pair), strict=True))
     rows = range(spec.batch)
-    for key in names:
-        cache, due = session.caches[key], expected[key].numpy()
+    for key, cache in session.read_caches().items():
+        due, held = expected[key].numpy(), before[key].numpy()
         new = [(row, slice(None), slice(starts[row], starts[row] + tokens.shape[1])) for row in rows]
         written, wanted = (np.stack([array[at_row] for at_row in new]) for array in (cache, due))
         yield compare(name, at, f"{key}_out", written, wanted, tolerance)
         for at_row in new:
-            cache[at_row] = before[key].numpy()[at_row]
-        yield compare(name, at, f"{key}_out outside the block", cache, before[key].numpy(), 0.0)
+            held[at_row] = cache[at_row]
+        yield compare(name, at, f"{key}_out outside the block", cache, held, 0.0)
 
 
 def _encode(session: OrtSession, tokenizer: VideoTokenizer, rng: np.random.Generator) -> Iterator[Check]:

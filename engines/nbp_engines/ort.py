@@ -143,6 +143,15 @@ class OrtSession:
         """Video float32 [B,3,F,H,W] of tokens [B,T·H·W]."""
         return self.run("decode", tokens=tokens)
 
+    def write_caches(self, values: Mapping[str, np.ndarray]) -> None:
+        """Overwrite some caches, by name."""
+        for name, value in values.items():
+            np.copyto(self.caches[name], value, casting="same_kind")
+
+    def read_caches(self) -> dict[str, np.ndarray]:
+        """All caches by name, [B,N,S,D]; the next call may change them."""
+        return dict(self.caches)
+
     def close(self) -> None:
         """Free the runtime's sessions and the buffers."""
         self._graphs.clear()
