@@ -5,17 +5,18 @@ Shape legend: B batch, T tokens in the call, P condition tokens, L tokens in a b
 
 import logging
 import warnings
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import torch
-from onnxscript.values import Opset
 from torch import Tensor, nn
 
 from nbp_engines.spec import GraphSpec, SystemSpec
 from nbp_reference.config import ModelConfig, TokenizerConfig
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 OPSET = 24  # the first with TensorScatter
 FREE = "T"  # the number of tokens, where a graph leaves it open
@@ -88,12 +89,14 @@ def graph_module(spec: SystemSpec, name: str, model: nn.Module) -> nn.Module:
     return _Encode(model, dtype) if name == "encode" else _Decode(model, spec.latent)
 
 
-def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> ir.Model:
+def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> "ir.Model":
     """One graph of opset 24 with the spec's names; the weights stay where torch has them.
 
     All static, or with `free_tokens`, for a block step, its tokens in any number: the same graph is then prefill and
     steps, fewer tokens than a block included, though torch traces it for a block and more.
     """
+    import onnx_ir as ir
+
     # One tensor for each input: torch.export merges inputs that are the same object, silently.
     example = tuple(torch.zeros(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.inputs)
     traced: nn.Module | torch.export.ExportedProgram = module.eval()
@@ -132,13 +135,14 @@ def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> ir.M
     return model
 
 
-def _tensor_scatter(cache: ir.Value, update: ir.Value, cache_pos: ir.Value) -> Sequence[ir.Value]:
+def _tensor_scatter(cache: Any, update: Any, cache_pos: Any) -> Any:
     """The cache write as one node, straight on the graph's input."""
-    written: Sequence[ir.Value] = Opset("", OPSET).TensorScatter(cache, update, cache_pos, axis=2, mode="linear")
-    return written
+    from onnxscript.values import Opset
+
+    return Opset("", OPSET).TensorScatter(cache, update, cache_pos, axis=2, mode="linear")
 
 
-def _anonymise(model: ir.Model) -> None:
+def _anonymise(model: "ir.Model") -> None:
     """Drop the exporter's notes: stack traces with the paths of this machine."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
 
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import NbpError
@@ -23,8 +21,8 @@ from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
 # Largest error over the largest expected magnitude. fp32 differs by summation order (about 1e-6 here); fp16 rounds
-# every activation to 11 bits, layer after layer (about 2e-3).
-TOLERANCE = {"fp32": 5e-5, "fp16": 1e-2}
+# every activation to 11 bits, layer after layer (about 2e-3); bf16 to 8.
+TOLERANCE = {"fp32": 5e-5, "fp16": 1e-2, "bf16": 8e-2}
 GARBAGE = 1000.0
 
 
@@ -109,6 +107,9 @@ def fp32_twin(path: Path) -> bytes:
 
     ONNX Runtime's CPU kernels know no bf16 arithmetic.
     """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
     model = onnx.load(path, load_external_data=False)
     graph, bf16, fp32 = model.graph, TensorProto.BFLOAT16, TensorProto.FLOAT
     for value in [*graph.input, *graph.output, *graph.value_info]:
