@@ -2,11 +2,15 @@
 
 import os
 import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("nbp-export", "torch", "onnxruntime", "numpy")
+ON_GPU = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "triton", "cuda-bindings")  # told where they are there
+NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
@@ -19,17 +23,25 @@ class Machine:
     system: str
     python: str
     versions: str
+    gpu: str | None
+    gpu_memory_bytes: int | None
+    driver: str | None
 
 
 def describe() -> Machine:
     """This machine."""
+    gpu, gpu_memory, driver = _gpu()
+    found = [(name, _version(name)) for name in (*PACKAGES, *ON_GPU)]
     return Machine(
         machine=_processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        versions=", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+        versions=", ".join(f"{name} {v}" for name, v in found if v != NOT_INSTALLED or name in PACKAGES),
+        gpu=gpu,
+        gpu_memory_bytes=gpu_memory,
+        driver=driver,
     )
 
 
@@ -67,4 +79,21 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
+
+
+def _gpu() -> tuple[str | None, int | None, str | None]:
+    """Name, bytes and driver: torch knows which GPU is in use, the driver's own tool knows its version."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    name, memory, driver = None, None, None
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
+        name, mebibytes, driver = told.split(", ")
+        memory = int(mebibytes) * 2**20
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        pass
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name, memory = there.name, there.total_memory
+    return name, memory, driver

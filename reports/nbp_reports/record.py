@@ -5,14 +5,14 @@ None means not measured, never zero.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Self
 
 from nbp_reports.errors import RecordError
 
-SCHEMA = 1
+SCHEMA = 2
 STAGES = ("encode", "prefill", "step", "sample", "decode")
 
 
@@ -25,6 +25,7 @@ class Record:
         run: when the command that measured it began, UTC; one value for all rows of a run.
         command: what was typed.
         machine, cores, memory_bytes, system, python, versions: where it ran.
+        gpu, gpu_memory_bytes, driver: the machine's GPU, if it has one; `device` says whether it was used.
         model, weights_sha256, trained: what ran; quality means something only where `trained`.
         block, block_size, engine, dtype, batch, threads, device: how it ran.
         video: the clip that gave the condition.
@@ -33,12 +34,21 @@ class Record:
         frames: predicted frames a clip.
         steps: forward passes a clip as the paper counts them, the prefill being the first.
         total_ns: wall time of each clip, end to end; the five stages add up to it.
-        encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: every call of a stage, clip after clip.
+        encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: every call of a stage, clip after clip. A GPU goes on after
+            a call has returned: there a sample's time holds most of its step's.
         first_frame_ns: from the call to the first predicted frames, when streaming.
         peak_memory_bytes: largest resident size of the engine's own process.
         token_agreement: share of predicted tokens equal to the reference engine's, same noise.
         first_divergence: the first predicted token, in generation order, that differs; None if none does.
         fvd: Fréchet video distance.
+        device_step_ns: single steps back to back by the device's own clock, positions as in a clip, without sampling.
+        device_pass_ns: the same with sampling, and the tokens' way to the host and back.
+        step_bytes: what such a step has to read, in the mean: weights once, and the valid part of the caches.
+        copy_bandwidth: bytes a second, read and written, of a large copy on the device in the same run.
+        peak_bandwidth: the same by the device's clock and bus width.
+        parity_error: worst element of all checks against the fp32 reference, in units of the largest expected.
+        parity_allowed: what that check allowed.
+        parity_where: the check and its element.
     """
 
     run: str
@@ -49,6 +59,9 @@ class Record:
     system: str
     python: str
     versions: str
+    gpu: str | None
+    gpu_memory_bytes: int | None
+    driver: str | None
     model: str
     weights_sha256: str
     trained: bool
@@ -78,6 +91,14 @@ class Record:
     token_agreement: float | None
     first_divergence: int | None
     fvd: float | None = None
+    device_step_ns: list[int] = field(default_factory=list)
+    device_pass_ns: list[int] = field(default_factory=list)
+    step_bytes: int | None = None
+    copy_bandwidth: float | None = None
+    peak_bandwidth: float | None = None
+    parity_error: float | None = None
+    parity_allowed: float | None = None
+    parity_where: str | None = None
     schema: int = SCHEMA
 
     @property
@@ -111,6 +132,22 @@ class Record:
     def step_ms(self) -> float | None:
         """Median time of one step, sampling not included; None where a clip has no step after the prefill."""
         return median(self.step_ns) / 1e6 if self.step_ns else None
+
+    @property
+    def device_step_ms(self) -> float | None:
+        """Median time of one step on the device."""
+        return median(self.device_step_ns) / 1e6 if self.device_step_ns else None
+
+    @property
+    def device_pass_ms(self) -> float | None:
+        """Median time of one step with sampling, back to back."""
+        return median(self.device_pass_ns) / 1e6 if self.device_pass_ns else None
+
+    def share_of(self, bandwidth: float | None) -> float | None:
+        """How much of a bandwidth the median step uses, if it reads no byte more than it has to."""
+        if bandwidth is None or self.step_bytes is None or self.device_step_ms is None:
+            return None
+        return self.step_bytes / (self.device_step_ms / 1e3) / bandwidth
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -31,6 +31,18 @@ def _stage(stage: str) -> Callable[[Record], str]:
     return lambda record: _number(record.stage_seconds(stage), 3)
 
 
+def _share(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.0%}"
+
+
+def _error(record: Record) -> str:
+    """The worst error of the checks against the reference in fp32, and whether it is allowed."""
+    if record.parity_error is None or record.parity_allowed is None:
+        return NOT_MEASURED
+    passed = record.parity_error <= record.parity_allowed
+    return f"{record.parity_error:.1e}{'' if passed else ' FAILED'}"
+
+
 def _megabytes(record: Record) -> str:
     return _number(None if record.peak_memory_bytes is None else record.peak_memory_bytes / 1e6, 0)
 
@@ -56,6 +68,20 @@ STAGE_TIMES: Columns = {
 TABLES: dict[str, Columns] = {
     "Speed, memory and parity": RESULTS,
     "Where a clip's time goes (mean)": STAGE_TIMES,
+}
+
+ON_DEVICE: Columns = {
+    "block": lambda r: r.block,
+    "engine": lambda r: r.engine,
+    "dtype": lambda r: r.dtype,
+    "error": _error,
+    "step ms": lambda r: _number(r.device_step_ms, 3),
+    "with sampling": lambda r: _number(r.device_pass_ms, 3),
+    "of copy": lambda r: _share(r.share_of(r.copy_bandwidth)),
+    "of peak": lambda r: _share(r.share_of(r.peak_bandwidth)),
+    "FPS": lambda r: _number(r.fps, 1),
+    "encode ms": lambda r: _number(r.stage_seconds("encode") * 1e3, 1),
+    "decode ms": lambda r: _number(r.stage_seconds("decode") * 1e3, 1),
 }
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ def _record(**changes: object) -> Record:
         system="Linux x86_64",
         python="3.12.0",
         versions="torch 2.13.0",
+        gpu=None,
+        gpu_memory_bytes=None,
+        driver=None,
         model="nbp-tiny",
         weights_sha256="ab",
         trained=True,
@@ -85,6 +89,11 @@ def test_statistics_come_from_the_samples() -> None:
     assert row.step_ms == pytest.approx(1)
     assert row.first_frame_seconds is None
     assert _record(step_ns=[]).step_ms is None
+    on_device = _record(device_step_ns=[2_000_000, 1_000_000, 500_000], step_bytes=1_500_000)
+    assert on_device.device_step_ms == pytest.approx(1)
+    assert on_device.share_of(3e9) == pytest.approx(0.5)  # 1.5 MB in a millisecond
+    assert on_device.share_of(None) is None
+    assert row.share_of(3e9) is None
 
 
 def test_spread_needs_samples_and_marks_an_unsteady_machine(tmp_path: Path) -> None:
@@ -102,6 +111,14 @@ def test_what_was_not_measured_is_said_and_never_zero() -> None:
     assert {shown[name] for name in ("1st frame s", "peak MB", "tokens", "FVD")} == {"not measured"}
     (cells,) = table.rows(table.RESULTS, [_record(trained=False)])
     assert cells[-1] == "no checkpoint"
+    (cells,) = table.rows(table.ON_DEVICE, [_record()])
+    shown = dict(zip(table.ON_DEVICE, cells, strict=True))
+    assert {shown[name] for name in ("error", "step ms", "with sampling", "of copy", "of peak")} == {"not measured"}
+
+
+def test_an_error_that_is_not_allowed_is_told() -> None:
+    assert table.ON_DEVICE["error"](_record(parity_error=0.02, parity_allowed=0.08)) == "2.0e-02"
+    assert table.ON_DEVICE["error"](_record(parity_error=0.2, parity_allowed=0.08)) == "2.0e-01 FAILED"
 
 
 def test_every_stage_has_a_field_and_a_column() -> None:
@@ -116,10 +133,15 @@ def test_parity_tells_where_engines_part() -> None:
 
 
 def test_terminal_tables_fit_120_columns_with_the_longest_cells() -> None:
-    rows = [_record(block="1x16x16", engine="reference"), _record(token_agreement=0.12345, first_divergence=1279)]
+    measured: dict[str, Any] = {"device_step_ns": [10**9], "device_pass_ns": [10**9], "step_bytes": 2 * 10**9}
+    measured |= {"copy_bandwidth": 3e9, "peak_bandwidth": 4e9, "parity_error": 0.1, "parity_allowed": 0.01}
+    rows = [
+        _record(block="1x16x16", engine="reference", **measured),
+        _record(token_agreement=0.12345, first_divergence=1279, **measured),
+    ]
     console = Console(width=120)
     with console.capture() as capture:
-        for title, columns in table.TABLES.items():
+        for title, columns in (table.TABLES | {"On the device": table.ON_DEVICE}).items():
             console.print(table.terminal(title, columns, rows))
     assert "…" not in capture.get()
     assert "12.35%, from token 1279" in capture.get()
