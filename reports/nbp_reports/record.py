@@ -34,8 +34,8 @@ class Record:
         frames: predicted frames a clip.
         steps: forward passes a clip as the paper counts them, the prefill being the first.
         total_ns: wall time of each clip, end to end; the five stages add up to it.
-        encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: every call of a stage, clip after clip. A GPU goes on after
-            a call has returned: there a sample's time holds most of its step's.
+        encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: every call of a stage, clip after clip. A GPU goes on
+            after a call has returned: there a sample's time holds most of its step's.
         first_frame_ns: from the call to the first predicted frames, when streaming.
         peak_memory_bytes: largest resident size of the engine's own process.
         token_agreement: share of predicted tokens equal to the reference engine's, same noise.
