@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from nbp_engines.bundle import Bundle
+    from nbp_export.trt_library import Options
 
 SIZES = "nbp-xl, nbp-xxl, nbp-3b, nbp-tiny, each also as NAME-hybrid"
 
@@ -67,18 +68,65 @@ def onnx(**options: Any) -> None:
 
 @main.command()
 @_model_options
-@click.option("--arch", default="sm80", show_default=True, help="GPU architecture: sm80 (A100), sm86, sm89 or sm120.")
-def trt(arch: str, **options: Any) -> None:
-    """Build TensorRT engines, with no GPU needed, beside the ONNX graphs that they are built from.
+@click.option(
+    "--builder",
+    type=click.Choice(["auto", "tensorrt", "rtx"]),
+    default="auto",
+    show_default=True,
+    help="TensorRT 11 builds on the target GPU; TensorRT-RTX anywhere. auto: the first where it and the GPU are there.",
+)
+@click.option("--arch", help="GPU architecture: sm80 (A100), sm86, sm89 or sm120.  [default: sm80; TensorRT 11: yours]")
+@click.option(
+    "--hardware-compat",
+    "compatibility",
+    type=click.Choice(["none", "ampere+", "same-cc"]),
+    default="none",
+    show_default=True,
+    help="Other GPUs that TensorRT 11's engines must run on, at some cost in speed.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["fused", "decomposed"]),
+    help="One kernel, or else no engine; or several.  [default: fused; decomposed in fp32, which has no such kernel]",
+)
+@click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="GPU memory that a kernel may use for itself.")
+@click.option("--level", type=click.IntRange(0, 5), help="How long TensorRT 11 searches for kernels.")
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of what TensorRT 11 measured in earlier builds.  [default: ~/.cache/nbp-export]",
+)
+@click.option("--check", is_flag=True, help="Only parse: list every node that does not map. Builds and leaves nothing.")
+def trt(
+    builder: str,
+    arch: str | None,
+    compatibility: str,
+    attention: str | None,
+    workspace: int | None,
+    level: int | None,
+    timing_cache: Path | None,
+    check: bool,
+    **options: Any,
+) -> None:
+    """Build TensorRT engines beside the ONNX graphs that they are built from; with TensorRT-RTX no GPU is needed.
 
-    The builder is TensorRT-RTX's. The graphs are checked against the reference on this machine, prefill and steps being
-    one graph; the network that TensorRT makes of them is checked for ignored inputs, copied caches and unfused
-    attention. The engines themselves have never been executed by us: that takes the GPU. TensorRT 11: not yet.
+    The graphs are checked against the reference on this machine, prefill and steps being one graph; the network that
+    TensorRT makes of them is checked for ignored inputs, copied caches and attention without its mask. The engines have
+    never been executed by us. TensorRT 11: never executed by us, neither its builder nor its engines.
     """
-    from nbp_export.trt import library
+    from nbp_export.trt_library import Options
 
-    library()
-    _export(arch=arch, **options)
+    how = Options(
+        builder=builder,
+        arch=arch,
+        compatibility=compatibility,
+        decomposed=None if attention is None else attention == "decomposed",
+        workspace=None if workspace is None else workspace * 2**20,
+        level=level,
+        timing_cache=timing_cache,
+    )
+    how.settle()  # before anything that takes time
+    _export(engines=how, check=check, **options)
 
 
 def _export(
@@ -91,27 +139,38 @@ def _export(
     batch: int,
     timing_only: bool,
     out: Path | None,
-    arch: str | None = None,
+    engines: "Options | None" = None,
+    check: bool = False,
 ) -> None:
     from nbp_export._extras import need
 
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
-    from nbp_export.onnx_bundle import export
+    from nbp_export.inspect import counted
+    from nbp_export.onnx_bundle import export, rehearse
     from nbp_export.sources import Request, find
-    from nbp_export.trt import UNTRIED
 
+    arch = None
     with _stages() as (say, report):
         report("load")
         source = find(Request(model, checkpoint, tokenizer, weights, block, timing_only))
         say(source.note)
+        if engines:
+            library, settled, why = engines.settle()
+            arch = settled.arch
+            say(f"builder: {library.title} {library.load().__version__} for {arch} ({why}); {library.tried}")
+        if engines and check:
+            for file, layers in rehearse(source, engines, dtype, batch, report).items():
+                say(f"{file}: every node maps, {layers.total()} layers: {counted(layers)}")
+            say("parsed, not built and not compared with the reference: without --check it is")
+            return
         name = f"{source.name}-{source.generator.config.block}-{dtype}"
         folder = out or Path(f"{name}-{arch}" if arch else name)
         if source.tokenizer is None:
             say("no tokenizer in the checkpoint: generator graphs alone; --tokenizer FILE adds encode and decode")
-        bundle = export(source, folder, dtype, batch, report, arch=arch)
+        bundle = export(source, folder, dtype, batch, report, engines=engines)
         say(_outcome(bundle))
-        if arch:
-            say(f"engines for {arch}: {UNTRIED}")
+        for line in _engines_told(bundle):
+            say(line)
     click.echo(bundle.path)
 
 
@@ -128,7 +187,10 @@ def verify(bundle: Path) -> None:
     from nbp_export.proof import prove_again
 
     with _stages() as (say, report):
-        say(_outcome(prove_again(bundle, report)))
+        proven = prove_again(bundle, report)
+        say(_outcome(proven))
+        for line in _engines_told(proven):
+            say(line)
     click.echo(bundle)
 
 
@@ -172,6 +234,24 @@ def _stages() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
                 console.print(f"  {stage}")
 
         yield partial(console.print, soft_wrap=True), report
+
+
+def _engines_told(bundle: "Bundle") -> Iterator[str]:
+    """What was and what was not seen of a bundle's engines."""
+    from nbp_export.trt import builds
+
+    if not bundle.manifest.engines:
+        return
+    yield "engines, built from the very graphs that were checked:"
+    for engine, build in zip(bundle.manifest.engines, builds(bundle), strict=True):
+        uses = ", ".join(f"{graph} of {n} tokens" for graph, n in zip(engine.graphs, build.tokens, strict=False))
+        caches, attentions = (build.layers.get(name, 0) for name in ("KV_CACHE_UPDATE", "ATTENTION_INPUT"))
+        seen = f"{caches} caches updated in place, {attentions} attentions masked and {build.attention}, "
+        yield f"  {engine.file}: {uses}{'; ' + seen if uses else ''}no input ignored (seen in {build.seen_in})"
+    yield (
+        "not verified: the engines themselves. Nothing has executed them; where the GPU is, "
+        f"`nbp-export verify {bundle.path} --runtime tensorrt` does"
+    )
 
 
 def _outcome(bundle: "Bundle") -> str:

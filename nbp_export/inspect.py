@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from dataclasses import asdict
+from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.errors import EngineError, ReceiptWarning
 from nbp_engines.session import open_session
 from nbp_engines.spec import TensorSpec
+from nbp_export.trt import builds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,6 +32,10 @@ MEMORY = {
     "peak": "measured: its peak while it opened the bundle",
     "opened": "measured: with the session open",
 }
+
+
+NUMBERS = ("bytes", "weights", "activations")
+UNTRIED = "bytes on the GPU as the builder told; no engine has been executed by us"
 
 
 def look(path: Path) -> Bundle:
@@ -62,6 +69,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
                 "outputs": list(condensed(graph.outputs)),
             }
             for name, graph in graphs.items()
+        ],
+        "engines": [
+            asdict(engine) | asdict(build) for engine, build in zip(manifest.engines, builds(bundle), strict=True)
         ],
         "files": [
             {"path": path, "size": size, "graphs": [g for g in graphs if path in {manifest.graphs[g], *weights[g]}]}
@@ -107,7 +117,7 @@ def render(told: Mapping[str, Any]) -> "RenderableType":
     def table(*columns: str) -> Table:
         made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in columns:
-            made.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+            made.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")
         return made
 
     graphs, files, memory = (
@@ -115,6 +125,24 @@ def render(told: Mapping[str, Any]) -> "RenderableType":
         table("file", "bytes", "graphs"),
         table("memory", "bytes"),
     )
+    engines, layers = (
+        table("engine", "graphs (tokens)", "for", "library", "attention", "weights", "activations", "seen in"),
+        table("engine", "layers of its network"),
+    )
+    for engine in told["engines"]:
+        uses = zip_longest(engine["graphs"], engine["tokens"])
+        reach = "" if engine["compatibility"] == "none" else f", {engine['compatibility']}"
+        engines.add_row(
+            engine["file"],
+            "\n".join(graph if tokens is None else f"{graph} ({tokens})" for graph, tokens in uses),
+            engine["arch"] + reach,
+            f"{engine['library']} {engine['version']}",
+            engine["attention"],
+            "not told" if engine["weights"] is None else f"{engine['weights']:,}",
+            "\n".join(f"{size:,}" for size in engine["activations"]) or "not told",
+            engine["seen_in"],
+        )
+        layers.add_row(engine["file"], counted(engine["layers"]))
     for graph in told["graphs"]:
         graphs.add_row(graph["name"], graph["file"], "\n".join(graph["inputs"]), "\n".join(graph["outputs"]))
     for file in told["files"]:
@@ -138,10 +166,16 @@ def render(told: Mapping[str, Any]) -> "RenderableType":
         f"{told['model']}, {kind}: block {told['block']}, batch {told['batch']}, {told['dtype']}, {told['runtime']}",
         told["note"],
         graphs,
+        *((engines, UNTRIED, layers) if told["engines"] else ()),
         files,
         memory,
         proof,
     )
+
+
+def counted(layers: Mapping[str, int]) -> str:
+    """Layers by type, the most frequent first."""
+    return ", ".join(f"{layers[name]} {name.lower()}" for name in sorted(layers, key=lambda n: -layers[n]))
 
 
 def measure(path: Path) -> dict[str, int]:

@@ -4,6 +4,7 @@ import glob
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,14 +14,16 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, File, Manifest
+from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, Engine, File, Manifest
 from nbp_engines.errors import UsageError
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
+from nbp_engines.strict import write_json
+from nbp_export import lint, trt
 from nbp_export.graphs import graph_module, system_spec, trace
-from nbp_export.proof import NOT_IN_BF16, Report, prove, versions, write_json
+from nbp_export.proof import NOT_IN_BF16, Report, prove, versions
 from nbp_export.sources import Source
-from nbp_export.trt import build_engines
+from nbp_export.trt_library import Options
 from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
 
 GENERATOR = "generator.onnx"  # prefill and steps in one
@@ -33,34 +36,50 @@ def export(
     batch: int = 1,
     report: Report = lambda _: None,
     one_graph: bool = False,
-    arch: str | None = None,
+    engines: Options | None = None,
 ) -> Bundle:
     """Write the bundle of a model to a folder that does not exist yet, weights rounded to `dtype`.
 
     With `one_graph`, prefill and steps are one graph that takes any number of tokens, else a static graph each. With
-    `arch`, a GPU architecture, which takes one graph, TensorRT engines are built from the very graphs that are proven.
+    options for `engines`, which take one graph, TensorRT engines are built from the very graphs that are proven.
 
     The source is used up: its models give their memory back once their graphs are written.
 
     Every graph is checked against the reference before the folder appears: an interrupted or failed export leaves
     nothing there. `report` is told each stage as it begins.
 
-    Raises UsageError if the folder exists or cannot be made, LintError or ParityError if a graph would not do what
-    the reference does.
+    Raises UsageError if the folder exists or cannot be made or for options that cannot be honoured, LintError,
+    BuildError or ParityError if a graph or an engine would not do what the reference does.
     """
     if out.exists():
         raise UsageError(f"{out} exists: choose another --out, or remove it first")
     spec = system_spec(source.generator.config, source.tokenizer.config if source.tokenizer else None, dtype, batch)
     with _appearing(out) as folder, torch.no_grad():
         digest = weights_sha256(source.generator, source.tokenizer)
-        graphs = _write_graphs(source, spec, folder, report, one_graph or arch is not None)
-        if arch:
-            build_engines(folder, spec, graphs, arch, report)
-        content = _manifest(source, spec, digest, folder, graphs).to_bytes()
+        graphs = _write_graphs(source, spec, folder, report, one_graph or engines is not None)
+        built = trt.build_engines(folder, spec.graphs(), graphs, engines, report) if engines else ()
+        content = _manifest(source, spec, digest, folder, graphs, built).to_bytes()
         bundle = Bundle.of(folder, content)
         write_json(folder / RECEIPT, prove(bundle, report))
         (folder / MANIFEST).write_bytes(content)  # last, so that whatever a killed export leaves is no bundle
     return replace(bundle, path=out)  # the same files under their name; no need to hash them all again
+
+
+def rehearse(source: Source, options: Options, dtype: str, batch: int, report: Report) -> dict[str, Counter[str]]:
+    """Trace, lint and parse what `export` would build engines from, and leave nothing: graph file → TensorRT's layers.
+
+    Raises LintError or BuildError, naming every node that does not map.
+    """
+    library, _, _ = options.settle()
+    spec = system_spec(source.generator.config, source.tokenizer.config if source.tokenizer else None, dtype, batch)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        graphs = _write_graphs(source, spec, Path(folder), report, one_graph=True)
+        layers = {}
+        for name, file in graphs.items():
+            lint.check(Path(folder, file), spec.graphs()[name])
+            report(f"parse {file}")
+            layers[file] = trt.check(Path(folder, file), spec.graphs()[name], library)
+    return layers
 
 
 @contextmanager
@@ -112,7 +131,7 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
 
 def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report, one_graph: bool) -> dict[str, str]:
     """Graphs, weights and their index; graph name → file. A model's memory is given up once its graphs are written."""
-    known = spec.generator_graphs() | spec.tokenizer_graphs()
+    known = spec.graphs()
     # Model → data file → the graphs on it and how the names of their parameters begin.
     parts: dict[str, tuple[nn.Module | None, dict[str, tuple[list[str], str]]]] = {
         "generator": (source.generator, {"generator.data": ([*spec.generator_graphs()], "")}),
@@ -145,17 +164,19 @@ def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report
     return written
 
 
-def _manifest(source: Source, spec: SystemSpec, digest: str, folder: Path, graphs: dict[str, str]) -> Manifest:
+def _manifest(
+    source: Source, spec: SystemSpec, digest: str, folder: Path, graphs: dict[str, str], engines: tuple[Engine, ...]
+) -> Manifest:
     config = {"generator": source.generator.config.to_json()}
     if source.tokenizer:
         config["tokenizer"] = source.tokenizer.config.to_json()
     text = source.generator.config.text
     return Manifest(
         schema=SCHEMA,
-        runtime="onnx",
+        runtime="tensorrt" if engines else "onnx",
         spec=spec,
         graphs=graphs,
-        engines=(),
+        engines=engines,
         files=tuple(File.of(path) for path in sorted(folder.iterdir())),
         model={"name": source.name, "config": config, "weights_sha256": digest, "trained": source.trained},
         sampling=Sampling(),

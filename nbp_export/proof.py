@@ -1,6 +1,5 @@
 """The proof that a bundle is the model: lint and parity of every graph, written down as its receipt."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +8,7 @@ from typing import Any
 
 from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.errors import NbpError
+from nbp_engines.strict import write_json
 from nbp_export import lint, parity
 from nbp_export.inspect import look
 from nbp_export.weights import read_generator, read_tokenizer
@@ -67,13 +67,6 @@ def _checks(bundle: Bundle) -> Iterator[parity.Check]:
     yield from parity.check_generator(bundle, read_generator(bundle))
     if tokenizer := read_tokenizer(bundle):
         yield from parity.check_tokenizer(bundle, tokenizer)
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write a file of a bundle; an interrupted write leaves the old one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -1,176 +1,257 @@
-"""Builds TensorRT engines from a bundle's ONNX graphs, for a GPU that need not be there, and looks at what it built.
+"""Builds TensorRT engines from a bundle's ONNX graphs, and looks at what TensorRT made of them.
 
-The builder is TensorRT-RTX's: it takes an architecture by name. What cannot be looked at without a GPU is the engine
-itself; so the network that it is built from is checked, and nothing here says that an engine has run.
+Where there is no GPU the engine itself cannot be looked at, so the network that it is built from is; and nothing here
+says that an engine has run.
 """
 
-import time
+import json
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
-from nbp_engines.errors import NbpError, UsageError
-from nbp_engines.spec import GraphSpec, SystemSpec
-from nbp_export._extras import need
-from nbp_export.proof import Report, write_json
+from nbp_engines.bundle import NAME, Bundle, Engine
+from nbp_engines.errors import BundleError, NbpError
+from nbp_engines.spec import GraphSpec
+from nbp_engines.strict import FROM_0, Kind, Rule, loads, matching, whole, write_json
+from nbp_engines.strict import check as conform
+from nbp_export.trt_library import Library, Log, Options, configure, keep_timings, log_of
 
-ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 BUILDS = "engines.json"
-UNTRIED = "built, never executed by us: no GPU was there"
+COUNT = whole(0, 2**63 - 1)
+BUILD_RULES: Rule = [
+    {
+        "file": NAME,
+        "tokens": [COUNT],
+        "layers": {...: COUNT},
+        "attention": matching("fused, decomposed or none", "fused|decomposed|none"),
+        "weights": Kind("bytes, or null", lambda v: v is None or COUNT.test(v)),
+        "activations": [COUNT],
+        "warnings": COUNT,
+        "seconds": FROM_0,
+        "seen_in": matching("the network or the engine", "the (network|engine)"),
+    }
+]
+
+
+class Built(NamedTuple):
+    """An engine's content, what is known of it, its layers, and all that the library said."""
+
+    content: Any
+    known: "Build"
+    layers: list[dict[str, Any]]
+    log: str
 
 
 class BuildError(NbpError):
-    """A graph that TensorRT would not run as it is meant."""
+    """A graph that TensorRT would not run as it is meant, or cannot build."""
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What was built.
+class Build:
+    """What is known of an engine beside what the manifest says of it.
 
     Attributes:
-        file, graph: names in the bundle.
-        tokens: the number of tokens of each optimisation profile, in order; empty where everything is static.
-        arch: the GPU architecture.
-        library: that built it, and that has to run it.
+        file: the engine's; all that the library said is beside it in `.log`, each layer in `.layers.json`.
+        tokens: the number of tokens of each optimisation profile; empty where everything is static.
         layers: of the network, by type.
-        size: bytes.
-        seconds: to build it.
-        log: the builder's warnings and figures.
-        executed: by whom.
+        attention: `fused`, `decomposed`, or `none`.
+        weights: bytes that they take on the GPU; None where the library did not tell.
+        activations: bytes that each profile takes besides; empty where the library did not tell.
+        warnings: how many.
+        seconds: that it took.
+        seen_in: where caches were seen to be updated in place: the network, or the engine itself.
     """
 
     file: str
-    graph: str
     tokens: tuple[int, ...]
-    arch: str
-    library: str
     layers: dict[str, int]
-    size: int
+    attention: str
+    weights: int | None
+    activations: tuple[int, ...]
+    warnings: int
     seconds: float
-    log: tuple[str, ...]
-    executed: str = UNTRIED
+    seen_in: str
 
 
-def build_engines(folder: Path, spec: SystemSpec, graphs: dict[str, str], arch: str, report: Report) -> None:
-    """Build an engine from each graph file in a folder, and write them and what is known of them there.
+def build_engines(
+    folder: Path,
+    signatures: Mapping[str, GraphSpec],
+    graphs: Mapping[str, str],
+    options: Options,
+    report: Callable[[str], None],
+) -> tuple[Engine, ...]:
+    """Build an engine from each graph file of a folder; leave there what was built and what is known of it.
 
-    Prefill and steps, one graph, become profiles of one engine. Raises UsageError for an architecture that the library
-    does not know, BuildError if a graph would not run as it is meant.
+    `graphs` maps names to files; those that share a file become profiles of one engine. Raises UsageError for options
+    that the library cannot honour, BuildError if a graph would not run as it is meant.
     """
-    signatures = spec.generator_graphs() | spec.tokenizer_graphs()
-    engines = []
-    for graph in dict.fromkeys(graphs.values()):
-        uses = [signatures[name] for name, file in graphs.items() if file == graph]
-        report(f"build {graph} for {arch}")
-        built, content = build(folder / graph, uses, arch)
-        (folder / built.file).write_bytes(content)
-        engines.append(asdict(built))
-    write_json(folder / BUILDS, engines)
+    library, options, _ = options.settle()
+    engines, builds = [], []
+    for file in dict.fromkeys(graphs.values()):
+        names = tuple(name for name, graph in graphs.items() if graph == file)
+        report(f"build {file} for {options.arch}")
+        built = build(folder / file, [signatures[name] for name in names], library, options)
+        target = folder / built.known.file
+        target.write_bytes(built.content)
+        write_json(target.with_suffix(".layers.json"), built.layers)
+        target.with_suffix(".log").write_text(built.log.replace(f"{folder}{os.sep}", ""))
+        version = library.load().__version__
+        engines.append(Engine(target.name, names, str(options.arch), options.compatibility, library.module, version))
+        builds.append(asdict(built.known))
+    write_json(folder / BUILDS, builds)
+    return tuple(engines)
 
 
-def build(graph: Path, uses: Sequence[GraphSpec], arch: str) -> tuple[Engine, bytes]:
-    """An engine for one graph file, with a profile for each use, pinned to its number of tokens.
+def build(graph: Path, uses: Sequence[GraphSpec], library: Library, options: Options) -> Built:
+    """One engine from one graph file, with a profile for each use, pinned to its number of tokens; settled options.
 
-    Raises UsageError for an unknown architecture, BuildError if the network is not what the graph says or cannot be
-    built.
+    Raises BuildError if the network is not what the graph says, or cannot be built.
     """
-    trt = library()
-    if arch not in ARCHITECTURES:
-        raise UsageError(f"TensorRT-RTX builds for {', '.join(ARCHITECTURES)} here, not for {arch}")
-    logger = _logger()
-    builder = trt.Builder(logger)
-    network, parser = _parsed(builder, logger, graph)  # the network's weights are the parser's: keep both
-    if complaints := [*faults(network, logger.lines, uses[0])]:
-        raise BuildError(f"TensorRT would not run {graph} as it is meant:\n  " + "\n  ".join(complaints))
+    builder, network, parser, log = _parsed(graph, library)  # the network's weights are the parser's: keep all
+    _raise_faults(graph, network, log, uses[0])
+    decomposed = uses[0].inputs[-1].dtype == "fp32" if options.decomposed is None else options.decomposed
+    attentions = [layer for layer in _layers(network) if _type(layer) == "ATTENTION_INPUT"]
+    for layer in attentions:
+        layer.__class__ = library.load().IAttentionInputLayer  # the bindings give every layer as their base class
+        layer.attention.decomposable = decomposed
     config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, arch.upper()), 0)
+    configure(config, library, options)
     tokens = tuple(use.inputs[0].shape[1] for use in uses) if uses[0].aliases else ()
     for use in uses if tokens else ():
         profile = builder.create_optimization_profile()
         shape = use.inputs[0].shape
         profile.set_shape("tokens", shape, shape, shape)
         config.add_optimization_profile(profile)
-    began = time.perf_counter()
+    began = perf_counter()
     content = builder.build_serialized_network(network, config)
-    del parser
+    seconds = perf_counter() - began
     if content is None:
-        raise BuildError(f"TensorRT-RTX cannot build {graph} for {arch}: {'; '.join(logger.lines['ERROR'][-3:])}")
-    figures = [line for line in logger.lines["INFO"] if "Memory" in line]
-    engine = Engine(
+        raise BuildError(_why_not(graph, library, options, log.named("ERROR")))
+    keep_timings(config, library, options)
+    layers = [_described(layer) for layer in _layers(network)]
+    del parser, network, config
+    said = log.text
+    inside = _looked_inside(content, library, uses[0])
+    known = Build(
         file=graph.with_suffix(".engine").name,
-        graph=graph.name,
         tokens=tokens,
-        arch=arch,
-        library=f"TensorRT-RTX {trt.__version__}",
-        layers=dict(Counter(_type(network.get_layer(i)) for i in range(network.num_layers))),
-        size=content.nbytes,
-        seconds=round(time.perf_counter() - began, 1),
-        log=(*logger.lines["WARNING"], *figures),
+        layers=dict(Counter(layer["type"] for layer in layers)),
+        attention=("decomposed" if decomposed else "fused") if attentions else "none",
+        weights=next(iter(log.bytes_of("Weights")), None),
+        activations=tuple(log.bytes_of("Activation")),
+        warnings=len(log.named("WARNING")),
+        seconds=round(seconds, 1),
+        seen_in="the network" if inside is None else "the engine",
     )
-    return engine, bytes(content)
+    return Built(content, known, inside or layers, said)
 
 
-def faults(network: Any, log: dict[str, list[str]], use: GraphSpec) -> Iterator[str]:
-    """What a parsed network would do otherwise than the graph: inputs ignored, caches copied, attention unfused."""
-    yield from (line for line in log["WARNING"] if "nused" in line)  # the parser drops inputs that it has no use for
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
+def builds(bundle: Bundle) -> list[Build]:
+    """What a bundle tells of its engines, in the manifest's order; raises BundleError if that is not what is due."""
+    if not bundle.manifest.engines:
+        return []
+    path = bundle.path / BUILDS
+    try:
+        data = loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}): export the bundle again") from error
+    conform(data, BUILD_RULES, str(path))
+    lists = ("tokens", "activations")
+    known = {build["file"]: Build(**build | {name: tuple(build[name]) for name in lists}) for build in data}
+    if len(known) != len(data) or known.keys() != {engine.file for engine in bundle.manifest.engines}:
+        raise BundleError(f"{path} tells of {sorted(known)}, which are not the manifest's engines")
+    return [known[engine.file] for engine in bundle.manifest.engines]
+
+
+def check(graph: Path, use: GraphSpec, library: Library) -> Counter[str]:
+    """Parse a graph without building it; the network's layers by type.
+
+    Raises BuildError, naming every node that does not map, or every fault of a network where all do.
+    """
+    builder, network, parser, log = _parsed(graph, library)
+    _raise_faults(graph, network, log, use)
+    layers = Counter(_type(layer) for layer in _layers(network))
+    del parser, builder
+    return layers
+
+
+def faults(network: Any, warnings: Sequence[str], use: GraphSpec) -> Iterator[str]:
+    """What a parsed network would do otherwise than its graph: ignore inputs, copy caches, attend without a mask."""
+    yield from (line for line in warnings if "nused" in line)  # the parser drops inputs that it has no use for
+    layers = [*_layers(network)]
     outputs = {network.get_output(i).name for i in range(network.num_outputs)}
     writes = {layer.get_output(0).name: layer for layer in layers if _type(layer) == "KV_CACHE_UPDATE"}
-    for output, cache_name in use.aliases.items():
+    for output, cache in use.aliases.items():
         source = writes[output].get_input(0) if output in writes else None
-        if output not in outputs or source is None or not source.is_network_input or source.name != cache_name:
-            yield f"{output} is no update of {cache_name} in place: it would be copied, or lost"
+        if output not in outputs or source is None or not source.is_network_input or source.name != cache:
+            yield f"{output} is no update of {cache} in place: it would be copied, or lost"
     if len(writes) != len(use.aliases):
         yield f"{len(writes)} cache updates for {len(use.aliases)} caches"
     attentions = [layer for layer in layers if _type(layer) == "ATTENTION_INPUT"]
     if len(attentions) != len(use.aliases) // 2:
-        yield f"{len(attentions)} fused attentions for {len(use.aliases) // 2} layers"
+        yield f"{len(attentions)} attentions for {len(use.aliases) // 2} layers"
     # Queries, keys, values, mask; lengths given in its place are dropped without a word.
     yield from (f"{layer.name} has no mask: it would see unused slots" for layer in attentions if layer.num_inputs < 4)
 
 
-@cache
-def library() -> Any:
-    """TensorRT-RTX's module. Raises NbpError with the pip command if it is not installed."""
-    need("trt-rtx", "tensorrt_rtx")
-    import tensorrt_rtx
-
-    return tensorrt_rtx
+def _raise_faults(graph: Path, network: Any, log: Log, use: GraphSpec) -> None:
+    if complaints := [*faults(network, log.named("WARNING"), use)]:
+        raise BuildError(f"TensorRT would not run {graph} as it is meant:\n  " + "\n  ".join(complaints))
 
 
-def _parsed(builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
-    trt = library()
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(graph)):
+def _parsed(graph: Path, library: Library) -> tuple[Any, Any, Any, Log]:
+    trt, log = library.load(), log_of(library)
+    log.lines.clear()
+    builder = trt.Builder(log)
+    network = builder.create_network()
+    parser = trt.OnnxParser(network, log)
+    parsed = parser.parse_from_file(str(graph))
+    if not log.lines:
+        raise BuildError(f"{library.title} reports to another logger of this process: its warnings cannot be heard")
+    if not parsed:
         errors = (parser.get_error(i) for i in range(parser.num_errors))
-        reasons = "\n  ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors)
-        raise BuildError(f"TensorRT-RTX's parser refuses {graph}:\n  {reasons}")
-    return network, parser
+        reasons = "\n  ".join(f"{e.node_name()} ({e.node_operator()}): {e.code().name}, {e.desc()}" for e in errors)
+        raise BuildError(f"{library.title} has nothing for these nodes of {graph}:\n  {reasons}")
+    return builder, network, parser, log
+
+
+def _looked_inside(engine: Any, library: Library, use: GraphSpec) -> list[dict[str, Any]] | None:
+    """The built engine's own layers, its caches having been seen to alias; None where no GPU is there to load it."""
+    trt = library.load()
+    loaded = trt.Runtime(log_of(library)).deserialize_cuda_engine(engine)
+    if loaded is None:
+        return None
+    for output, cache in use.aliases.items():
+        if (found := loaded.get_aliased_input_tensor(output)) != cache:
+            raise BuildError(f"the built engine's {output} lies in {found or 'memory of its own'}, not in {cache}")
+    told = json.loads(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    return [layer if isinstance(layer, dict) else {"name": layer} for layer in told["Layers"]]
+
+
+def _why_not(graph: Path, library: Library, options: Options, errors: Sequence[str]) -> str:
+    reason = errors[-1] if errors else "nothing"
+    if "dedicated kernel" in reason:
+        advice = "it has no fused attention of this size: --attention decomposed lets it be several kernels"
+    elif "workspace" in reason:
+        advice = "give it more --workspace"
+    else:
+        advice = "please report this with the command and versions"
+    return f"{library.title} cannot build {graph} for {options.arch}; {advice}. It said: {reason}"
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(i) for i in range(network.num_layers))
 
 
 def _type(layer: Any) -> str:
-    return str(layer.type).rpartition(".")[2]
+    return str(layer.type.name)
 
 
-def _logger() -> Any:
-    trt = library()
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps what the library says, by severity."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: dict[str, list[str]] = {name: [] for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")}
-
-        def log(self, severity: Any, message: str) -> None:
-            """Keep a line."""
-            name = str(severity).rpartition(".")[2]
-            if name in self.lines:
-                self.lines[name].append(message)
-
-    return Logger()
+def _described(layer: Any) -> dict[str, Any]:
+    outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+    tensors = [f"{t.name} {t.dtype.name.lower()} {list(t.shape)}" for t in outputs]
+    return {"name": layer.name, "type": _type(layer), "outputs": tensors}

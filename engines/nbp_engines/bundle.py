@@ -154,7 +154,7 @@ class Manifest:
 
     def graph_specs(self) -> dict[str, GraphSpec]:
         """Inputs and outputs of the graphs that the bundle has."""
-        known = self.spec.generator_graphs() | self.spec.tokenizer_graphs()
+        known = self.spec.graphs()
         return {name: known[name] for name in self.graphs}
 
     def buffers(self) -> dict[str, int]:

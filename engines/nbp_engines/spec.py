@@ -185,6 +185,10 @@ class SystemSpec:
         encode = {} if self.hybrid else {"encode": GraphSpec("encode", (given,), (condition,))}
         return encode | {"decode": GraphSpec("decode", (clip,), (whole,))}
 
+    def graphs(self) -> dict[str, GraphSpec]:
+        """All that a bundle may hold, by name."""
+        return self.generator_graphs() | self.tokenizer_graphs()
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, the inverse of `from_json`."""
         return asdict(self)

@@ -7,6 +7,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from nbp_engines.errors import BundleError
@@ -82,6 +83,13 @@ def loads(content: bytes) -> Any:
         return json.loads(content, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"not JSON: {error}") from error
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write a file of a bundle; an interrupted write leaves the old one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -40,7 +40,7 @@ FILES = ("generator.data", "generator.engine", "prefill.onnx", "step.onnx")
 ENGINE = Engine("generator.engine", ("prefill", "step"), "sm80", "none", "tensorrt_rtx", "1.7.1.116")
 
 
-def make(path: Path, runtime: str = "onnx", **graphs: bytes) -> Path:
+def make(path: Path, runtime: str = "onnx", engines: tuple[Engine, ...] = (), **graphs: bytes) -> Path:
     """An intact bundle as far as the files go; no runtime could run its graphs, unless they are given."""
     path.mkdir()
     for name in FILES:
@@ -50,7 +50,7 @@ def make(path: Path, runtime: str = "onnx", **graphs: bytes) -> Path:
         runtime=runtime,
         spec=SPEC,
         graphs={"prefill": "prefill.onnx", "step": "step.onnx"},
-        engines=(ENGINE,),
+        engines=engines,
         files=tuple(File.of(file) for file in sorted(path.iterdir())),
         model={"name": "toy", "config": {}, "weights_sha256": "0" * 64, "trained": True},
         sampling=Sampling(top_k=20),
@@ -76,7 +76,7 @@ def prove(path: Path, **changes: object) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make(tmp_path / "toy-1x1x4-fp32")
+    return make(tmp_path / "toy-1x1x4-fp32", engines=(ENGINE,))
 
 
 def edit(folder: Path, change: Callable[[Json], object]) -> None:
@@ -402,7 +402,7 @@ JSON = st.recursive(
 def test_a_manifest_with_any_value_in_any_place_opens_or_is_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    folder = make(tmp_path_factory.mktemp("fuzz") / "toy")
+    folder = make(tmp_path_factory.mktemp("fuzz") / "toy", engines=(ENGINE,))
     manifest = json.loads((folder / MANIFEST).read_text())
     place = manifest
     while True:
