@@ -18,7 +18,7 @@ from nbp_engines.errors import BundleError, NbpError
 from nbp_engines.spec import GraphSpec
 from nbp_engines.strict import FROM_0, Kind, Rule, loads, matching, whole, write_json
 from nbp_engines.strict import check as conform
-from nbp_export.trt_library import Library, Log, Options, configure, keep_timings, log_of
+from nbp_export.trt_library import Library, Log, Options, configure, keep_timings
 
 BUILDS = "engines.json"
 COUNT = whole(0, 2**63 - 1)
@@ -204,7 +204,7 @@ def _raise_faults(graph: Path, network: Any, log: Log, use: GraphSpec) -> None:
 
 
 def _parsed(graph: Path, library: Library) -> tuple[Any, Any, Any, Log]:
-    trt, log = library.load(), log_of(library)
+    trt, log = library.load(), library.log()
     log.lines.clear()
     builder = trt.Builder(log)
     network = builder.create_network()
@@ -222,7 +222,7 @@ def _parsed(graph: Path, library: Library) -> tuple[Any, Any, Any, Log]:
 def _looked_inside(engine: Any, library: Library, use: GraphSpec) -> list[dict[str, Any]] | None:
     """The built engine's own layers, its caches having been seen to alias; None where no GPU is there to load it."""
     trt = library.load()
-    loaded = trt.Runtime(log_of(library)).deserialize_cuda_engine(engine)
+    loaded = trt.Runtime(library.log()).deserialize_cuda_engine(engine)
     if loaded is None:
         return None
     for output, cache in use.aliases.items():

@@ -49,6 +49,11 @@ class Library:
         need(self.extra, self.module)
         return import_module(self.module)
 
+    def log(self) -> Any:
+        """Its one logger, a Log: it listens to the first of a process and to no other."""
+        self.load()
+        return _log(self.module)
+
 
 TENSORRT = Library("tensorrt", "TensorRT 11", "trt", False, "never executed by us, neither its builder nor its engines")
 RTX = Library("tensorrt_rtx", "TensorRT-RTX", "trt-rtx", True, "its builder was executed, its engines never by us")
@@ -180,9 +185,8 @@ class Log:
 
 
 @cache
-def log_of(library: Library) -> Any:
-    """The one logger of a library, a Log: it listens to the first of a process and to no other."""
-    trt = library.load()
+def _log(module: str) -> Any:
+    trt = import_module(module)
 
     class Listening(Log, trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:

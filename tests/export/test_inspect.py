@@ -45,7 +45,7 @@ def full(exported: Exporter) -> Bundle:
 def test_the_buffers_are_those_that_a_session_allocates(full: Bundle) -> None:
     memory = inspect.describe(full)["memory"]
     with OrtSession(full, threads=1) as session:
-        graphs = session._graphs.values()
+        graphs = session.graphs.values()
         caches = {id(array): array.nbytes for array in session.caches.values()}
         inputs = {id(a): a.nbytes for graph in graphs for a in graph.inputs.values()}
         outputs = {id(a): a.nbytes for graph in graphs for a in graph.outputs.values()}

@@ -1,0 +1,125 @@
+"""Which library builds, and what it is asked for.
+
+TensorRT 11 cannot be had everywhere. Its branch sets the options of a real builder config all the same, that of
+TensorRT-RTX, whose API is proven to be the same in these names (test_trt_api.py).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from nbp_engines.errors import EngineError, NbpError, UsageError
+from nbp_export import trt_library
+from nbp_export.cli import main
+from nbp_export.trt_library import RTX, TENSORRT, Library, Options, configure, keep_timings
+
+pytest.importorskip("tensorrt_rtx", reason="pip install 'nbp-export[trt-rtx]'")
+
+STAND_IN = replace(TENSORRT, module="tensorrt_rtx")  # TensorRT 11's branch, by a module that is there
+A100 = ("NVIDIA A100-SXM4-80GB", "sm80")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_library, "TENSORRT", STAND_IN)
+    monkeypatch.setattr(trt_library, "LIBRARIES", {"tensorrt": STAND_IN, "rtx": RTX})
+
+
+@pytest.fixture
+def a100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_library, "_gpu", lambda: A100)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> tuple[str, str]:
+        raise EngineError("there is no GPU")
+
+    monkeypatch.setattr(trt_library, "_gpu", none)
+
+
+def test_auto_without_tensorrt_11() -> None:
+    library, options, why = Options().settle()
+    assert (library, options.arch, why) == (RTX, "sm80", "TensorRT 11 is not installed")
+
+
+@pytest.mark.usefixtures("installed", "no_gpu")
+def test_auto_without_a_gpu() -> None:
+    library, options, why = Options(arch="sm89").settle()
+    assert (library, options.arch) == (RTX, "sm89")
+    assert "builds on the GPU alone: there is no GPU" in why
+
+
+@pytest.mark.usefixtures("installed", "a100")
+def test_auto_where_both_are_there() -> None:
+    assert Options().settle()[:2] == (STAND_IN, Options(arch="sm80"))
+    assert Options(arch="sm80", level=5).settle()[0] is STAND_IN
+    library, _, why = Options(arch="sm86").settle()
+    assert library is RTX
+    assert "for the GPU that is there, sm80" in why
+
+
+@pytest.mark.usefixtures("installed", "a100")
+def test_tensorrt_11_builds_for_no_other_gpu() -> None:
+    with pytest.raises(
+        UsageError, match=r"TensorRT 11 builds for the GPU that is there, sm80, not for sm86: --builder"
+    ):
+        Options("tensorrt", "sm86").settle()
+
+
+@pytest.mark.usefixtures("installed", "no_gpu")
+def test_tensorrt_11_needs_a_gpu() -> None:
+    with pytest.raises(EngineError, match="there is no GPU"):
+        Options("tensorrt").settle()
+
+
+def test_tensorrt_11_is_not_installed() -> None:
+    if TENSORRT.installed:
+        pytest.skip("it is")
+    done = CliRunner().invoke(main, ["trt", "--builder", "tensorrt"])
+    assert done.exit_code == 1
+    assert "tensorrt missing: pip install 'nbp-export[trt" in done.output
+
+
+def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_library, "RTX", replace(RTX, module="tensorrt_of_nobody"))
+    with pytest.raises(NbpError, match="tensorrt_of_nobody missing: pip install"):
+        Options().settle()
+
+
+def config_of(library: Library) -> Any:
+    trt = library.load()
+    builder = trt.Builder(library.log())
+    return builder.create_builder_config(), builder  # the config lives as long as its builder
+
+
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")  # of its timing cache
+@pytest.mark.usefixtures("a100")
+def test_tensorrt_11s_options_reach_its_config(tmp_path: Path) -> None:
+    trt = STAND_IN.load()
+    options = Options("tensorrt", "sm80", "ampere+", workspace=2**28, level=4, timing_cache=tmp_path / "timings")
+    config, builder = config_of(STAND_IN)
+    configure(config, STAND_IN, options)
+    assert config.builder_optimization_level == 4
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 2**28
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+    assert any("setHardwareCompatibilityLevel" in line for line in STAND_IN.log().named("WARNING"))
+    assert config.num_compute_capabilities != 1  # no architecture by name
+    keep_timings(config, STAND_IN, options)
+    (kept,) = (tmp_path / "timings").iterdir()
+    assert kept.name == f"NVIDIA-A100-SXM4-80GB_tensorrt_rtx_{trt.__version__}.timings"
+    configure(config, STAND_IN, options)  # and read again
+    del builder
+
+
+def test_tensorrt_rtxs_options_reach_its_config() -> None:
+    trt = RTX.load()
+    config, builder = config_of(RTX)
+    configure(config, RTX, Options("rtx", "sm89", workspace=2**28))
+    assert config.num_compute_capabilities == 1
+    assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 2**28
+    del builder
