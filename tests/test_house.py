@@ -32,6 +32,7 @@ HEAVY = [
     "safetensors",
     "tensorrt",
     "tensorrt_rtx",
+    "cuda",
     "av",
     "pandas",
     "scipy",

@@ -1,47 +1,73 @@
-"""ONNX Runtime on the CPU: one session a graph, every input and output bound to memory that we own.
+"""ONNX Runtime, on the CPU or an NVIDIA GPU: every input and output is bound to memory that we own.
 
-Each cache's input and output are bound to the same buffer, so the runtime writes new rows in place.
+Each cache's input and output are bound to the same memory, so the runtime writes new rows in place.
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from nbp_engines import sampling
 from nbp_engines.bundle import Bundle
+from nbp_engines.cuda import Buffer, Device, Sampler
 from nbp_engines.errors import EngineError
-from nbp_engines.spec import NUMPY_DTYPES, GraphSpec
+from nbp_engines.sampling import Sampling
+from nbp_engines.session import GraphSession, own
+from nbp_engines.spec import NUMPY_DTYPES, GraphSpec, TensorSpec
 
-ONNX_TYPES = {"fp32": "tensor(float)", "fp16": "tensor(float16)", "int64": "tensor(int64)"}
+# Each dtype's name in ONNX and its number there.
+TYPES = {"fp32": ("float", 1), "fp16": ("float16", 10), "bf16": ("bfloat16", 16), "int64": ("int64", 7)}
+Memory = np.ndarray | Buffer
 
 
 class _Graph:
-    """One graph with its bindings. `buffers` maps tensor names to the arrays that the runtime reads and writes."""
+    """One graph with its bindings. `inputs` and `outputs` map tensor names to memory that the runtime reads and writes.
 
-    def __init__(self, session: Any, spec: GraphSpec, shared: dict[str, np.ndarray]) -> None:
+    `memory` has it all by the names of tensors; `place` is what ONNX Runtime calls where it lies.
+    """
+
+    def __init__(self, session: Any, spec: GraphSpec, memory: Mapping[str, Memory], place: str, options: Any) -> None:
+        self.spec = spec
+        self.inputs = {t.name: memory[t.name] for t in spec.inputs}
+        self.outputs = {t.name: memory[spec.aliases.get(t.name, t.name)] for t in spec.outputs}
         self._session = session
+        self._options = options
         self._binding = session.io_binding()
-        self._spec = spec
-        self.inputs = {t.name: shared[t.name] if t.name in shared else t.empty() for t in spec.inputs}
-        self.outputs = {
-            t.name: self.inputs[spec.aliases[t.name]] if t.name in spec.aliases else t.empty() for t in spec.outputs
-        }
-        for bind, arrays in ((self._binding.bind_input, self.inputs), (self._binding.bind_output, self.outputs)):
-            for name, array in arrays.items():
-                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for bind, tensors, ends in (
+            (self._binding.bind_input, spec.inputs, self.inputs),
+            (self._binding.bind_output, spec.outputs, self.outputs),
+        ):
+            for tensor in tensors:
+                bind(tensor.name, place, 0, TYPES[tensor.dtype][1], tensor.shape, _address(ends[tensor.name]))
 
-    def run(self, **inputs: np.ndarray) -> np.ndarray:
-        """Copy the inputs in, run, and return the first output's buffer."""
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Memory:
+        """Copy the inputs in, run, and return the first output's memory."""
         for name, value in inputs.items():
-            buffer = self.inputs[name]
-            if (value.dtype, value.shape) != (buffer.dtype, buffer.shape):
-                found, due = (f"{array.dtype} {list(array.shape)}" for array in (value, buffer))
-                raise EngineError(f"{self._spec.name}: {name} is {found}, the graph takes {due}")
-            np.copyto(buffer, value)
-        self._session.run_with_iobinding(self._binding)
-        return self.outputs[self._spec.outputs[0].name]
+            _write(self.inputs[name], value)
+        self._session.run_with_iobinding(self._binding, self._options)
+        return self.outputs[self.spec.outputs[0].name]
+
+
+def _library(extra: str) -> Any:
+    try:
+        return import_module("onnxruntime")
+    except ModuleNotFoundError:
+        pip = f"pip install 'nbp-export[{extra}]'"
+        raise EngineError(f"running ONNX bundles needs ONNX Runtime: {pip}") from None
+
+
+def _address(memory: Memory) -> int:
+    return memory.ptr if isinstance(memory, Buffer) else memory.ctypes.data
+
+
+def _write(memory: Memory, value: np.ndarray) -> None:
+    if isinstance(memory, Buffer):
+        memory.write(value)
+    else:
+        np.copyto(memory, value, casting="same_kind")
 
 
 def _check(session: Any, spec: GraphSpec, path: Path) -> None:
@@ -50,7 +76,7 @@ def _check(session: Any, spec: GraphSpec, path: Path) -> None:
         ("input", spec.inputs, session.get_inputs()),
         ("output", spec.outputs, session.get_outputs()),
     ):
-        due = {t.name: f"{ONNX_TYPES[t.dtype]} {list(t.shape)}" for t in tensors}
+        due = {t.name: f"tensor({TYPES[t.dtype][0]}) {list(t.shape)}" for t in tensors}
         known = {t.name: t for t in tensors}
         found = {
             v.name: f"{v.type} {list(known[v.name].settled(v.shape) if v.name in known else v.shape)}" for v in declared
@@ -63,8 +89,10 @@ def _check(session: Any, spec: GraphSpec, path: Path) -> None:
                 )
 
 
-class OrtSession:
-    """A bundle in ONNX Runtime's CPU provider. See `nbp_engines.session.Session`."""
+class OrtSession(GraphSession):
+    """A bundle in ONNX Runtime's CPU provider."""
+
+    place = "cpu"
 
     def __init__(
         self,
@@ -82,17 +110,10 @@ class OrtSession:
         Raises EngineError if ONNX Runtime is missing or refuses a graph, if it cannot compute in the bundle's dtype, or
         if a graph has other inputs and outputs than the manifest says.
         """
-        try:
-            import onnxruntime as ort
-        except ModuleNotFoundError:
-            raise EngineError("running ONNX bundles needs ONNX Runtime: pip install 'nbp-export[cpu]'") from None
-        self.spec = bundle.manifest.spec
-        if self.spec.dtype not in NUMPY_DTYPES:
-            raise EngineError(
-                f"{bundle.path} is {self.spec.dtype}, which ONNX Runtime's CPU kernels do not compute in: "
-                "export it with --dtype fp16 or fp32"
-            )
-        self._bundle = bundle
+        ort = _library("cpu")
+        specs, self.spec = bundle.manifest.graph_specs(), bundle.manifest.spec
+        wanted = [name for name in specs if graphs is None or name in graphs]
+        provider = self._provider(bundle)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
@@ -101,66 +122,107 @@ class OrtSession:
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else all weights are widened at the start
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
             options.add_session_config_entry("session.disable_prepacking", "1")
-        specs = bundle.manifest.graph_specs()
         opened: dict[Path, Any] = {}  # one file may hold several graphs
-        wanted = [name for name in specs if graphs is None or name in graphs]
         for name in wanted:
             path = bundle.graph_file(name)
             try:
                 opened[path] = opened.get(path) or ort.InferenceSession(
-                    (models or {}).get(name, path), options, providers=["CPUExecutionProvider"]
+                    (models or {}).get(name, path), options, providers=[provider]
                 )
             except Exception as error:  # the runtime's own exceptions share no base but this
                 raise EngineError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
+            if (found := opened[path].get_providers()[0]) not in provider:
+                raise EngineError(f"{path}: ONNX Runtime took {found} in place of what was asked for: {provider}")
             _check(opened[path], specs[name], path)
-        self.caches = {t.name: t.empty() for t in self.spec.caches()}
-        self._graphs = {name: _Graph(opened[bundle.graph_file(name)], specs[name], self.caches) for name in wanted}
+        self.caches = {t.name: self._memory(t) for t in self.spec.caches()}
+        self.graphs: dict[str, _Graph] = {}
+        for number, name in enumerate(wanted, start=1):
+            memory = self.caches | {t.name: self._memory(t) for t in own(specs[name])}
+            run = ort.RunOptions()
+            run.add_run_config_entry("gpu_graph_id", str(number))  # a file's graphs are captured one by one
+            self.graphs[name] = _Graph(opened[bundle.graph_file(name)], specs[name], memory, self.place, run)
 
-    def run(self, graph: str, **inputs: np.ndarray) -> np.ndarray:
-        """Run one graph on named inputs; the first output's buffer, valid until the graph's next run."""
-        if graph not in self._graphs:
-            raise EngineError(f"{self._bundle.path} has no {graph} graph: export it with --tokenizer FILE")
-        return self._graphs[graph].run(**inputs)
+    def _provider(self, bundle: Bundle) -> tuple[str, dict[str, str]]:
+        """The execution provider and its settings."""
+        if self.spec.dtype not in NUMPY_DTYPES:
+            raise EngineError(
+                f"{bundle.path} is {self.spec.dtype}, which ONNX Runtime's CPU kernels do not compute in: "
+                "export it with --dtype fp16 or fp32"
+            )
+        return ("CPUExecutionProvider", {})
 
-    def encode(self, video: np.ndarray) -> np.ndarray:
-        """Tokens int64 [B,P] of the given frames float32 [B,3,F,H,W]."""
-        return self.run("encode", video=video)
-
-    def prefill(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits [B,L,V] after the condition [B,P]. The caches are not cleared: no later slot is ever seen."""
-        return self.run("prefill", tokens=tokens, cache_pos=np.zeros(self.spec.batch, np.int64))
-
-    def step(self, tokens: np.ndarray, cache_pos: np.ndarray) -> np.ndarray:
-        """Logits [B,T,V] after the block, or the one token, [B,T] at cache_pos [B]."""
-        name = "step_1" if tokens.shape[1] == 1 and "step_1" in self._graphs else "step"
-        return self.run(name, tokens=tokens, cache_pos=cache_pos)
-
-    def sample(self, logits: np.ndarray, uniforms: np.ndarray, settings: sampling.Sampling) -> np.ndarray:
-        """Tokens int64 [B,L]."""
-        return sampling.sample(logits, uniforms, settings)
-
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Video float32 [B,3,F,H,W] of tokens [B,T·H·W]."""
-        return self.run("decode", tokens=tokens)
+    def _memory(self, tensor: TensorSpec) -> Any:
+        """Zeroed memory where the provider computes."""
+        return tensor.empty()
 
     def write_caches(self, values: Mapping[str, np.ndarray]) -> None:
         """Overwrite some caches, by name."""
         for name, value in values.items():
-            np.copyto(self.caches[name], value, casting="same_kind")
+            _write(self.caches[name], value)
 
     def read_caches(self) -> dict[str, np.ndarray]:
         """All caches by name, [B,N,S,D]; the next call may change them."""
-        return dict(self.caches)
+        return {name: np.asarray(memory) for name, memory in self.caches.items()}
 
     def close(self) -> None:
         """Free the runtime's sessions and the buffers."""
-        self._graphs.clear()
+        self.graphs.clear()
         self.caches.clear()
 
-    def __enter__(self) -> Self:
-        """The session itself."""
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
+class OrtCudaSession(OrtSession):
+    """A bundle in ONNX Runtime's CUDA provider, logits and caches staying on the GPU. Never executed on one by us.
+
+    What the provider of 1.31 does with our graphs was seen with a CUDA that computes nothing: prefill and step run on
+    it node by node (TensorScatter in place, Attention-24, LayerNormalization, Gelu, MatMul, all in bf16 too), encode
+    and decode in fp32 and fp16, their group norms taken apart; Pad has no bf16 kernel. Where a node would need the
+    CPU, and so a Memcpy, `enable_cuda_graph` makes ONNX Runtime refuse the graph instead of falling back.
+    """
+
+    place = "cuda"
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, graphs: Collection[str] | None = None) -> None:
+        """Load the graphs, or only some; `threads` for what little is done on the CPU.
+
+        Raises EngineError if ONNX Runtime, its CUDA provider or a GPU is missing, if a graph cannot run there whole,
+        if there is too little memory, or if a graph has other inputs and outputs than the manifest says.
+        """
+        ort, spec = _library("gpu"), bundle.manifest.spec
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} here is the CPU's, and only one can be installed: "
+                "pip uninstall onnxruntime, then pip install 'nbp-export[gpu]'"
+            )
+        tokenizer = bundle.manifest.graphs.keys() & spec.tokenizer_graphs().keys() & set(graphs or spec.graphs())
+        if spec.dtype == "bf16" and tokenizer:
+            raise EngineError(
+                f"{bundle.path} is bf16, in which ONNX Runtime's CUDA provider has no Pad for {', '.join(tokenizer)}: "
+                "export it with --dtype fp16"
+            )
+        self._device = Device.open()
+        with ExitStack() as opening:
+            opening.callback(self._device.close)
+            ort.preload_dlls()  # CUDA's libraries, where pip installed them
+            super().__init__(bundle, threads, graphs)
+            self._sampler = Sampler(self._device, spec)
+            self._opened = opening.pop_all()
+
+    def _provider(self, bundle: Bundle) -> tuple[str, dict[str, str]]:  # noqa: ARG002 - for the CPU's message
+        return "CUDAExecutionProvider", {
+            "device_id": "0",
+            "user_compute_stream": str(int(self._device.stream)),  # copies and sampling stay in order with it
+            "enable_cuda_graph": "1",
+            "use_tf32": "0",  # fp32 is fp32
+        }
+
+    def _memory(self, tensor: TensorSpec) -> Buffer:
+        return self._device.allocate(tensor.shape, tensor.dtype, tensor.name)
+
+    def sample(self, logits: Any, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
+        """Tokens int64 [B,L], drawn on the GPU if the logits lie there."""
+        return self._sampler.sample(logits, uniforms, settings)
+
+    def close(self) -> None:
+        """Free the runtime's sessions, then what they were bound to."""
+        super().close()
+        self._opened.close()

@@ -1,0 +1,244 @@
+"""TensorRT engines: an execution context for each profile, everything on the device, each graph captured once.
+
+Written against TensorRT 11.4 and TensorRT-RTX 1.7, whose interfaces are the same here but for what TensorRT-RTX
+compiles on the GPU. Executed by us against an emulation (tests/engines/emulated.py), never on a GPU.
+"""
+
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbp_engines.bundle import Bundle, Engine
+from nbp_engines.cuda import Buffer, Device, Graph, Mirror, Sampler
+from nbp_engines.errors import EngineError
+from nbp_engines.sampling import Sampling
+from nbp_engines.session import GraphSession, own
+from nbp_engines.spec import GraphSpec, SystemSpec
+
+DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int64": "INT64"}  # TensorRT's names
+INSTALL = {
+    "tensorrt": "pip install tensorrt=={}, from NVIDIA's own package index",
+    "tensorrt_rtx": "pip install 'nbp-export[trt-rtx]' tensorrt-rtx=={}",
+}
+
+
+class _Profile:
+    """One graph as a profile of an engine, with an execution context of its own.
+
+    Contexts of an engine share its weights; here they also share the caches, as no two of them ever run at once.
+    """
+
+    def __init__(
+        self, trt: Any, engine: Any, index: int, spec: GraphSpec, device: Device, caches: Mapping[str, Buffer]
+    ) -> None:
+        self.spec = spec
+        self._device = device
+        self._mirrors = {t.name: Mirror(device, t.shape, t.dtype, t.name) for t in own(spec) if t.name != "logits"}
+        self._given = [self._mirrors[t.name] for t in spec.inputs if t.name in self._mirrors]
+        first = spec.outputs[0]
+        self._told = self._mirrors.get(first.name)
+        self._logits = None if self._told else device.allocate(first.shape, first.dtype, first.name)
+        memory = {**caches, **{name: mirror.buffer for name, mirror in self._mirrors.items()}}
+        if self._logits:
+            memory[first.name] = self._logits
+        self._context = context = _context(trt, engine)
+        refused = [] if context.set_optimization_profile_async(index, device.stream) else [f"profile {index}"]
+        device.synchronize()
+        refused += [t.name for t in spec.inputs if not context.set_input_shape(t.name, t.shape)]
+        for t in (*spec.inputs, *spec.outputs):
+            if not context.set_tensor_address(t.name, memory[spec.aliases.get(t.name, t.name)].ptr):
+                refused.append(f"the address of {t.name}")
+        refused += context.infer_shapes()
+        refused += [t.name for t in spec.outputs if tuple(context.get_tensor_shape(t.name)) != t.shape]
+        if refused:
+            raise EngineError(f"TensorRT does not take {', '.join(refused)} for {spec.name}")
+        self._enqueue()  # once before it is captured: shapes settle, and what is compiled or allocated late is done
+        device.synchronize()
+        # TensorRT-RTX can tell; one that cannot be captured still runs.
+        capturable = getattr(context, "is_stream_capturable", lambda _: True)(device.stream)
+        self.launch = Graph(device, self._enqueue).launch if capturable else self._enqueue
+
+    def _enqueue(self) -> None:
+        for mirror in self._given:
+            mirror.enqueue_write()
+        if not self._context.execute_async_v3(self._device.stream):
+            raise EngineError(f"TensorRT does not run {self.spec.name}")
+        if self._told:
+            self._told.enqueue_read()
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray | Buffer:
+        """Run it; the first output, logits still on the device and perhaps still to come."""
+        self._device.synchronize()  # the last run may still be reading what is overwritten here
+        for name, value in inputs.items():
+            self._mirrors[name].host[...] = value
+        self.launch()
+        if self._told is None:
+            assert self._logits is not None
+            return self._logits
+        self._device.synchronize()
+        return self._told.host
+
+
+def _context(trt: Any, engine: Any) -> Any:
+    """An execution context; TensorRT-RTX compiles for its shapes at once, and leaves the capture to us."""
+    if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    # The default compiles in the background, and what was captured meanwhile would stay the slower kernels.
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+    return engine.create_execution_context(config)
+
+
+class TrtSession(GraphSession):
+    """A bundle's engines on an NVIDIA GPU. Per step, only a block's tokens and its noise travel.
+
+    Never executed on a GPU by us.
+    """
+
+    def __init__(self, bundle: Bundle, graphs: Collection[str] | None = None) -> None:
+        """Load the engines, or only those that hold some graphs.
+
+        Raises EngineError, with the command that mends it, if the bundle has no engines, if their library is missing or
+        of another version, if there is no GPU, or another than they were built for, or too little memory; and if an
+        engine does not have the inputs and outputs that the manifest says, each cache output being its input's memory.
+        """
+        self.spec = spec = bundle.manifest.spec
+        specs = bundle.manifest.graph_specs()
+        engines = [e for e in bundle.manifest.engines if graphs is None or set(graphs) & set(e.graphs)]
+        if not engines:
+            raise EngineError(f"{bundle.path} has no engines to run: build them with `{_build(spec, 'sm80')}`")
+        libraries = {engine.file: _library(engine, bundle.path, spec) for engine in engines}
+        self.device = device = Device.open()
+        with ExitStack() as opening:
+            opening.callback(device.close)
+            for engine in engines:
+                _fits(engine, device, bundle.path, spec)
+            self.caches = {t.name: device.allocate(t.shape, t.dtype, t.name) for t in spec.caches()}
+            self._kept: list[Any] = []
+            self.graphs: dict[str, _Profile] = {}
+            opening.callback(self.graphs.clear)  # contexts go before what they run on
+            for engine in engines:
+                trt, path = libraries[engine.file], bundle.path / engine.file
+                loaded = _load(trt, path, device, self._kept)
+                profiles = [specs[name] for name in engine.graphs]
+                _check(loaded, trt, profiles, path)
+                for index, graph in enumerate(profiles):
+                    self.graphs[graph.name] = _Profile(trt, loaded, index, graph, device, self.caches)
+            self._sampler = Sampler(device, spec)
+            self._opened = opening.pop_all()
+
+    def sample(self, logits: Any, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
+        """Tokens int64 [B,L], drawn on the GPU if the logits lie there."""
+        return self._sampler.sample(logits, uniforms, settings)
+
+    def write_caches(self, values: Mapping[str, np.ndarray]) -> None:
+        """Overwrite some caches, by name."""
+        for name, value in values.items():
+            self.caches[name].write(value)
+
+    def read_caches(self) -> dict[str, np.ndarray]:
+        """All caches by name, [B,N,S,D], bf16 ones as float32."""
+        return {name: cache.read() for name, cache in self.caches.items()}
+
+    def close(self) -> None:
+        """Give the engines back, then what they ran on."""
+        self._opened.close()
+
+
+def _build(spec: SystemSpec, arch: str, library: str = "tensorrt_rtx") -> str:
+    batch = f" --batch {spec.batch}" if spec.batch > 1 else ""
+    builder = "rtx" if library == "tensorrt_rtx" else "tensorrt"
+    return f"nbp-export trt --block {spec.block_text} --dtype {spec.dtype}{batch} --arch {arch} --builder {builder}"
+
+
+def _library(engine: Engine, folder: Path, spec: SystemSpec) -> Any:
+    """The module that built an engine, in the same version."""
+    pip = INSTALL[engine.library].format(engine.version)
+    built = f"{folder / engine.file} was built by {engine.library} {engine.version}"
+    try:
+        trt = import_module(engine.library)
+    except ModuleNotFoundError:
+        raise EngineError(f"{built}, which is not installed: {pip}") from None
+    if trt.__version__ != engine.version:
+        again = _build(spec, engine.arch, engine.library)
+        raise EngineError(f"{built}, here is {trt.__version__}: {pip}, or build the same model again with `{again}`")
+    return trt
+
+
+def _fits(engine: Engine, device: Device, folder: Path, spec: SystemSpec) -> None:
+    """Raise EngineError unless the engine may run on this GPU."""
+    later = engine.compatibility == "ampere+" and int(device.arch[2:]) >= 80
+    if device.arch != engine.arch and not later:
+        raise EngineError(
+            f"{folder / engine.file} was built for {engine.arch}, {device.name} is {device.arch}: "
+            f"build the same model again with `{_build(spec, device.arch, engine.library)}`"
+        )
+
+
+def _load(trt: Any, path: Path, device: Device, kept: list[Any]) -> Any:
+    """The engine of a file; `kept` takes what has to outlive it."""
+    kept += [logger := _logger(trt), runtime := trt.Runtime(logger)]
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        size, said = path.stat().st_size, "; ".join(logger.lines[-3:]) or "it does not say why"
+        raise EngineError(
+            f"{trt.__name__} {trt.__version__} does not load {path} on {device.name}: {said} "
+            f"({size:,} bytes asked for, {device.free():,} free)"
+        )
+    return engine
+
+
+def _check(engine: Any, trt: Any, profiles: list[GraphSpec], path: Path) -> None:
+    """Raise EngineError unless the engine is what the manifest says: TensorRT writes to memory by address."""
+    wrong = []
+    if engine.num_optimization_profiles != len(profiles):
+        wrong.append(f"{engine.num_optimization_profiles} profiles, where {len(profiles)} are due")
+    found = {}
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+        mode = "input" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "output"
+        found[name] = f"{mode} {_name(engine.get_tensor_dtype(name))} {list(engine.get_tensor_shape(name))}"
+    for index, spec in enumerate(profiles):
+        for mode, tensors in (("input", spec.inputs), ("output", spec.outputs)):
+            for t in tensors:
+                shape = list(t.shape)
+                if found.get(t.name, "").endswith(str([shape[0], -1, *shape[2:]])):  # a number of tokens left open
+                    shape[1] = -1
+                due = f"{mode} {DTYPES[t.dtype]} {shape}"
+                if found.get(t.name) != due:
+                    wrong.append(f"{t.name} is {found.get(t.name, 'missing')}, where {due} is due")
+                elif -1 in shape and mode == "input":
+                    pinned = [tuple(dims) for dims in engine.get_tensor_profile_shape(t.name, index)]
+                    if set(pinned) != {t.shape}:
+                        wrong.append(f"profile {index} takes {t.name} {pinned}, {spec.name} takes {list(t.shape)}")
+        for output, cache in spec.aliases.items():
+            if (shared := engine.get_aliased_input_tensor(output)) != cache:
+                wrong.append(f"{output} is no update of {cache} in place, but of {shared or 'no input'}")
+    if unknown := found.keys() - {t.name for spec in profiles for t in (*spec.inputs, *spec.outputs)}:
+        wrong.append(f"{', '.join(sorted(unknown))} unknown to the manifest")
+    if wrong:
+        raise EngineError(f"{path}: {wrong[0]}: build it again")
+
+
+def _name(member: Any) -> str:
+    return str(member).rpartition(".")[2]
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps the library's errors."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            """Keep a line."""
+            if "ERROR" in _name(severity):
+                self.lines.append(message)
+
+    return Logger()
