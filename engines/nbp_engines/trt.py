@@ -21,7 +21,7 @@ from nbp_engines.spec import GraphSpec, SystemSpec
 
 DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int64": "INT64"}  # TensorRT's names
 INSTALL = {
-    "tensorrt": "pip install tensorrt=={}, from NVIDIA's own package index",
+    "tensorrt": "pip install 'nbp-export[trt]' tensorrt=={}",
     "tensorrt_rtx": "pip install 'nbp-export[trt-rtx]' tensorrt-rtx=={}",
 }
 
