@@ -13,7 +13,7 @@ import numpy as np
 
 from nbp_bench.machine import available_memory, describe
 from nbp_bench.video import to_float, windows
-from nbp_bench.worker import Job, Result, Worker
+from nbp_bench.worker import Job, Result, Worker, agreement, clip_fields
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import BundleError, UsageError
 from nbp_engines.sampling import Sampling
@@ -213,14 +213,10 @@ def _record(
     together: bool,
     video: str,
 ) -> Record:
-    spec = subject.spec
-
-    def spans(stage: str) -> list[int]:
-        return [ns for result in run.results for name, ns in result.spans if name == stage]
-
-    agreement, divergence = None, None
+    share, divergence = None, None
     if reference and job.engine != "reference":
-        agreement, divergence = _compare(run.results, reference, spec)
+        ours, theirs = (np.concatenate([result.tokens for result in results]) for results in (run.results, reference))
+        share, divergence = agreement(ours, theirs, subject.spec)
     return Record(
         run=began,
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -228,11 +224,7 @@ def _record(
         model=subject.name,
         weights_sha256=subject.digest,
         trained=subject.trained,
-        block=spec.block_text,
-        block_size=spec.block_size,
         engine=job.engine,
-        dtype=spec.dtype,
-        batch=plan.batch,
         threads=plan.threads,
         device="cpu",
         video=video,
@@ -241,23 +233,9 @@ def _record(
         top_k=plan.sampling.top_k,
         top_p=plan.sampling.top_p,
         interleaved=together,
-        frames=spec.video[0] - spec.condition_frames,
-        steps=spec.steps,
-        total_ns=[sum(ns for _, ns in result.spans) for result in run.results],
-        encode_ns=spans("encode"),
-        prefill_ns=spans("prefill"),
-        step_ns=spans("step"),
-        sample_ns=spans("sample"),
-        decode_ns=spans("decode"),
+        **clip_fields(subject.spec, [result.spans for result in run.results]),
         first_frame_ns=[sum(ns for _, ns in result.spans) for result in run.first_frames],
         peak_memory_bytes=run.peak_memory,
-        token_agreement=agreement,
+        token_agreement=share,
         first_divergence=divergence,
     )
-
-
-def _compare(results: Sequence[Result], reference: Sequence[Result], spec: SystemSpec) -> tuple[float, int | None]:
-    """Share of predicted tokens that are equal, and the earliest in generation order that is not."""
-    predicted = spec.order()[-spec.blocks * spec.block_size :]
-    equal = np.concatenate([(a.tokens == b.tokens)[:, predicted] for a, b in zip(results, reference, strict=True)])
-    return float(equal.mean()), None if equal.all() else int((~equal).any(0).argmax())

@@ -20,6 +20,8 @@ from nbp_engines.errors import EngineError
 from nbp_engines.generator import Clip, Generator
 from nbp_engines.sampling import Sampling
 from nbp_engines.session import Session, open_session
+from nbp_engines.spec import SystemSpec
+from nbp_reports.record import STAGES
 
 if TYPE_CHECKING:
     from nbp_export.sources import Request
@@ -50,6 +52,30 @@ class Result(NamedTuple):
     def of(cls, clip: Clip) -> Self:
         """What the parent needs of a clip."""
         return cls(clip.video, clip.tokens, clip.timeline.spans)
+
+
+def clip_fields(spec: SystemSpec, clips: Sequence[Sequence[tuple[str, int]]]) -> dict[str, Any]:
+    """The fields of a record that follow from the spec and from the stages of the clips."""
+
+    def spans(stage: str) -> list[int]:
+        return [ns for clip in clips for name, ns in clip if name == stage]
+
+    return {
+        "block": spec.block_text,
+        "block_size": spec.block_size,
+        "dtype": spec.dtype,
+        "batch": spec.batch,
+        "frames": spec.video[0] - spec.condition_frames,
+        "steps": spec.steps,
+        "total_ns": [sum(ns for _, ns in clip) for clip in clips],
+        **{f"{stage}_ns": spans(stage) for stage in STAGES},
+    }
+
+
+def agreement(tokens: np.ndarray, reference: np.ndarray, spec: SystemSpec) -> tuple[float, int | None]:
+    """Share of predicted tokens of clips [clips,T·H·W] that are equal, and the earliest generated that is not."""
+    equal = (tokens == reference)[:, spec.order()[-spec.blocks * spec.block_size :]]
+    return float(equal.mean()), None if equal.all() else int((~equal).any(0).argmax())
 
 
 def open_engine(job: Job) -> Session:
