@@ -199,24 +199,24 @@ class OrtCudaSession(OrtSession):
                 f"{bundle.path} is bf16, in which ONNX Runtime's CUDA provider has no Pad for {', '.join(tokenizer)}: "
                 "export it with --dtype fp16"
             )
-        self._device = Device.open()
+        self.device = Device.open()
         with ExitStack() as opening:
-            opening.callback(self._device.close)
+            opening.callback(self.device.close)
             ort.preload_dlls()  # CUDA's libraries, where pip installed them
             super().__init__(bundle, threads, graphs)
-            self._sampler = Sampler(self._device, spec)
+            self._sampler = Sampler(self.device, spec)
             self._opened = opening.pop_all()
 
     def _provider(self, bundle: Bundle) -> tuple[str, dict[str, str]]:  # noqa: ARG002 - for the CPU's message
         return "CUDAExecutionProvider", {
             "device_id": "0",
-            "user_compute_stream": str(int(self._device.stream)),  # copies and sampling stay in order with it
+            "user_compute_stream": str(int(self.device.stream)),  # copies and sampling stay in order with it
             "enable_cuda_graph": "1",
             "use_tf32": "0",  # fp32 is fp32
         }
 
     def _memory(self, tensor: TensorSpec) -> Buffer:
-        return self._device.allocate(tensor.shape, tensor.dtype, tensor.name)
+        return self.device.allocate(tensor.shape, tensor.dtype, tensor.name)
 
     def sample(self, logits: Any, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
         """Tokens int64 [B,L], drawn on the GPU if the logits lie there."""
