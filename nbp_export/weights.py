@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +23,9 @@ from nbp_export.graphs import TORCH_DTYPES
 from nbp_reference.config import ModelConfig, TokenizerConfig
 from nbp_reference.model import Block, NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 ALIGNMENT = 4096  # bytes, a page: runtimes map the file
 INLINE = 1024  # bytes; smaller tensors stay in the graph's own file
@@ -53,8 +55,10 @@ class WeightPool:
         self._file = path.open("wb")
         self._written: dict[bytes, int] = {}
 
-    def take(self, model: ir.Model) -> None:
+    def take(self, model: "ir.Model") -> None:
         """Move the graph's large initializers into the file, leaving references to it."""
+        import onnx_ir as ir
+
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes <= INLINE:

@@ -1,0 +1,249 @@
+"""The GPU script rehearsed on a CPU: what it measures, what it lists as not measured, and what it survives."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from nbp_bench import device, gpu, machine
+from nbp_bench.engines import GraphsSession, OnDevice, ReferenceSession
+from nbp_engines import sampling
+from nbp_engines.errors import EngineError
+from nbp_engines.sampling import Sampling
+from nbp_export.graphs import system_spec
+from nbp_export.parity import compare
+from nbp_reference.model import NextBlockTransformer
+from nbp_reports import record
+from tests.support import small_generator
+
+CPU = torch.device("cpu")
+REHEARSAL = ["--device", "cpu", "--model", "nbp-tiny", "--quick"]
+
+
+def rehearse(out: Path, *options: str) -> Result:
+    return CliRunner().invoke(gpu.main, [*REHEARSAL, "--out", str(out), *options])
+
+
+def case(engine: str, out: Path) -> gpu.Case:
+    return gpu.Case(engine, "fp32", "256", "nbp-tiny", "cpu", out, quick=True, began="now", command="")
+
+
+def wheel(folder: Path) -> Path:
+    folder.mkdir()
+    with ZipFile(folder / "brought-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("brought/__init__.py", "")
+        archive.writestr("brought-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: brought\nVersion: 1\n")
+        archive.writestr("brought-1.data/purelib/brought/pure.py", "")
+        archive.writestr("brought-1.data/platlib/brought/plat.py", "")
+    return folder
+
+
+def test_rehearsal_leaves_records_a_table_and_a_reason_for_every_engine(tmp_path: Path) -> None:
+    before = list(sys.path)
+    options = ["--sizes", "256,1x8x16", "--dtype", "fp32", "--engines", "graphs,reference,tensorrt,cuda"]
+    done = rehearse(tmp_path / "out", *options, "--wheels", str(wheel(tmp_path / "wheels")))
+    sys.path[:] = before
+    assert done.exit_code == 0, done.output
+    rows = record.read(tmp_path / "out" / "nbp-tiny-fp32.jsonl")
+    assert [(r.block, r.engine, r.dtype, r.device) for r in rows] == [
+        ("1x16x16", "reference", "fp32", "cpu"),
+        ("1x8x16", "reference", "fp32", "cpu"),
+    ]
+    for row in rows:
+        assert row.parity_error == 0  # the reference against itself
+        assert row.parity_allowed == 5e-5
+        assert len(row.device_step_ns) == len(row.device_pass_ns) == 5
+        assert row.steps == len(row.step_ns) + 1
+        assert row.step_bytes
+        assert row.copy_bandwidth
+        assert row.peak_bandwidth is None
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert summary.count("| reference |") == 2
+    for block in ("256", "1x8x16"):
+        for engine in ("graphs", "tensorrt", "cuda"):
+            assert f"{block} fp32 {engine}: not measured: it takes a CUDA device" in summary
+    assert summary in done.output
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "wheels: brought-1-py3-none-any.whl" in log
+    assert "87 checks, worst" in log
+
+
+def test_wheels_are_unpacked_as_pip_would(tmp_path: Path) -> None:
+    (tmp_path / "into").mkdir()
+    assert gpu.unpack(wheel(tmp_path / "wheels"), tmp_path / "into") == ["brought-1-py3-none-any.whl"]
+    assert {p.name for p in (tmp_path / "into" / "brought").iterdir()} == {"__init__.py", "pure.py", "plat.py"}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--engines", "magic"], "no 'magic': there are reference, graphs"),
+        (["--dtype", "fp8"], "no 'fp8': there are bf16"),
+        (["--minutes", "0.1"], "nothing could be measured"),
+        (["--engines", "graphs"], "nothing could be measured"),
+        (["--model", "nbp-tiny-hybrid", "--engines", "reference", "--sizes", "16"], "nothing could be measured"),
+    ],
+)
+def test_what_cannot_be_measured_is_an_error(options: list[str], why: str, tmp_path: Path) -> None:
+    done = rehearse(tmp_path, *options)
+    assert done.exit_code in (1, 2)
+    assert why in done.output
+    assert "Traceback" not in done.output
+
+
+def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
+    with gpu._Bench(tmp_path, time.monotonic() + gpu.LEAST_SECONDS - 1, 99) as bench:
+        bench.run(case("reference", tmp_path))
+    assert bench.missing == ["256 fp32 reference: not measured: the time was up"]
+
+
+def test_torch_is_enough(tmp_path: Path) -> None:
+    absent = ["av", "jinja2", "matplotlib", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "pandas", "rich", "scipy"]
+    code = f"""
+import sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys({absent}))
+from nbp_bench import gpu
+result = gpu._measure(gpu.Case(*{tuple(case("reference", tmp_path))[:5]}, Path(), True, "now", ""), None)
+assert result.record, result
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def die(case: gpu.Case, reference: np.ndarray | None) -> gpu.Result:  # noqa: ARG001
+    os._exit(3)
+
+
+def hang(case: gpu.Case, reference: np.ndarray | None) -> gpu.Result:  # noqa: ARG001
+    time.sleep(600)
+    return gpu.Result()
+
+
+def refuse(case: gpu.Case, reference: np.ndarray | None) -> gpu.Result:  # noqa: ARG001
+    return gpu.Result(why=f"process {os.getpid()}")
+
+
+def test_after_a_death_a_hang_or_a_failure_the_next_case_has_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gpu._Bench(tmp_path, time.monotonic() + 600, longest=20) as bench:
+        for what in (refuse, refuse, die, refuse, hang, refuse):
+            if what is hang:
+                bench._longest = 2
+            monkeypatch.setattr(gpu, "_measure", what)
+            bench.run(case("reference", tmp_path))
+            bench._longest = 20
+    first, second, died, third, hung, fourth = (line.rpartition(": ")[2] for line in bench.missing)
+    assert first == second
+    assert len({first, third, fourth}) == 3
+    assert died == "its process died"
+    assert hung == "it took longer than 2 s"
+
+
+def test_a_failure_comes_back_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(gpu, "_bandwidths", fail)
+    result = gpu._measure(case("reference", tmp_path), None)
+    assert result.why == "RuntimeError: illegal memory access"
+    assert "in fail" in result.trace
+    with gpu._Bench(tmp_path, time.monotonic() + 600, 60) as bench:
+        monkeypatch.setattr(bench, "_call", lambda *_, **__: result)
+        bench.run(case("reference", tmp_path))
+    assert "in fail" in (tmp_path / "log.txt").read_text()
+    assert "RuntimeError: illegal memory access" in (tmp_path / "summary.md").read_text()
+
+
+def test_an_engine_that_is_not_the_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sabotage(_: ReferenceSession, logits: object, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
+        return sampling.sample(np.asarray(logits), uniforms, settings) ^ 1
+
+    monkeypatch.setattr(ReferenceSession, "sample", sabotage)
+    result = gpu._measure(case("reference", tmp_path), None)
+    assert result.record
+    assert result.record.parity_error
+    assert result.record.parity_allowed == 0
+    assert "sample at cache_pos" in (result.record.parity_where or "")
+
+
+@pytest.mark.parametrize("block", ["1x1x1", "1x1x4", "2x4x4"])
+def test_a_step_reads_weights_once_and_valid_rows(block: str) -> None:
+    model = small_generator(block)
+    C, V, n, L = 32, 50, 2, model.config.block.size
+    weights = n * (4 * (C * C + C) + 4 * C * C + 4 * C + 4 * C * C + C + 4 * C) + 2 * C + V * C
+    rows = 2 * n * C * 3 * (40 + L)  # keys and values of each of three clips
+    assert device.step_bytes(model, "bf16", 3, [30, 50]) == 2 * (weights + rows + 2 * 3 * L * C)
+
+
+def test_spans_and_bandwidth_on_the_hosts_clock() -> None:
+    times = device.spans(CPU, lambda i: time.sleep(0.01 * (i + 1)), 2)
+    assert 10e6 <= times[0] < times[1]
+    assert times[1] >= 20e6
+    assert 1e8 < device.copy_bandwidth(CPU) < 1e13
+    assert device.peak_bandwidth(CPU) is None
+
+
+def test_logits_off_the_host_are_drawn_by_torch_as_numpy_draws() -> None:
+    model = small_generator("1x1x4")
+    spec = system_spec(model.config, None, "bf16", 1)
+    with ReferenceSession(spec, model, None) as session:
+        logits = session.prefill(np.zeros((1, spec.condition_tokens), np.int64))
+        assert isinstance(logits, OnDevice)
+        assert logits.shape == (1, 4, 50)
+        noise = np.random.default_rng(0).random((1, 4))
+        drawn = session.sample(logits, noise, Sampling(top_k=20))
+    np.testing.assert_array_equal(drawn, sampling.sample(np.asarray(logits), noise, Sampling(top_k=20)))
+
+
+def test_caches_come_and_go_by_name() -> None:
+    model = small_generator("1x1x4")
+    session = ReferenceSession(system_spec(model.config, None, "bf16", 1), model, None)
+    given = {t.name: np.full(t.shape, i / 8, np.float32) for i, t in enumerate(session.spec.caches())}
+    session.write_caches(given)
+    found = session.read_caches()
+    assert found.keys() == given.keys()
+    assert all((found[name] == given[name]).all() for name in given)
+    assert (session.v_caches[1] == 3 / 8).all()
+
+
+def test_cuda_graphs_take_cuda() -> None:
+    model = small_generator("1x1x4")
+    with pytest.raises(EngineError, match="CUDA device"):
+        GraphsSession(system_spec(model.config, None, "fp32", 1), model, None, "cpu")
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_the_same() -> None:
+    def steps(compiled: bool, model: NextBlockTransformer) -> list[np.ndarray]:
+        spec = system_spec(model.config, None, "fp32", 2)
+        session = ReferenceSession(spec, model, None, compiled=compiled)
+        tokens = np.random.default_rng(0).integers(0, spec.vocab, (2, spec.clip_tokens))
+        P, L = spec.condition_tokens, spec.block_size
+        outputs = [session.prefill(tokens[:, :P])]
+        outputs += [session.step(tokens[:, at : at + L], np.array([at, at])) for at in (P, P + L)]
+        return [*outputs, *session.read_caches().values()]
+
+    model = small_generator("1x1x4")
+    for ours, due in zip(steps(True, model), steps(False, model), strict=True):
+        assert compare("", "", "", ours, due, 5e-5).passed
+
+
+def test_a_gpu_is_described_by_the_drivers_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.describe().gpu is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA Some GPU, 81559, 580.1.2'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    found = machine.describe()
+    assert (found.gpu, found.gpu_memory_bytes, found.driver) == ("NVIDIA Some GPU", 81559 * 2**20, "580.1.2")
