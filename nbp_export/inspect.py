@@ -32,10 +32,9 @@ MEMORY = {
     "peak": "measured: its peak while it opened the bundle",
     "opened": "measured: with the session open",
 }
-
-
-NUMBERS = ("bytes", "weights", "activations")
-UNTRIED = "bytes on the GPU as the builder told; no engine has been executed by us"
+NUMBERS = ("bytes", "weights", "activations", "warnings")
+UNTRIED = "Bytes on the GPU are as the builder told. No engine has been executed by us."
+LOGS = "Each layer stands in .layers.json beside its engine, all that the builder said in .log."
 
 
 def look(path: Path) -> Bundle:
@@ -126,8 +125,8 @@ def render(told: Mapping[str, Any]) -> "RenderableType":
         table("memory", "bytes"),
     )
     engines, layers = (
-        table("engine", "graphs (tokens)", "for", "library", "attention", "weights", "activations", "seen in"),
-        table("engine", "layers of its network"),
+        table("engine", "graphs (tokens)", "for", "library", "attention", "weights", "activations", "checked in"),
+        table("engine", "layers of its network", "warnings"),
     )
     for engine in told["engines"]:
         uses = zip_longest(engine["graphs"], engine["tokens"])
@@ -142,7 +141,7 @@ def render(told: Mapping[str, Any]) -> "RenderableType":
             "\n".join(f"{size:,}" for size in engine["activations"]) or "not told",
             engine["seen_in"],
         )
-        layers.add_row(engine["file"], counted(engine["layers"]))
+        layers.add_row(engine["file"], counted(engine["layers"]), str(engine["warnings"]))
     for graph in told["graphs"]:
         graphs.add_row(graph["name"], graph["file"], "\n".join(graph["inputs"]), "\n".join(graph["outputs"]))
     for file in told["files"]:
@@ -166,7 +165,7 @@ def render(told: Mapping[str, Any]) -> "RenderableType":
         f"{told['model']}, {kind}: block {told['block']}, batch {told['batch']}, {told['dtype']}, {told['runtime']}",
         told["note"],
         graphs,
-        *((engines, UNTRIED, layers) if told["engines"] else ()),
+        *((engines, UNTRIED, layers, LOGS) if told["engines"] else ()),
         files,
         memory,
         proof,
@@ -197,7 +196,7 @@ def _opened(path: Path) -> dict[str, int]:
     with suppress(ModuleNotFoundError):  # which the session says better
         import onnxruntime  # noqa: F401
     before = _resident("VmRSS")
-    with open_session(bundle):
+    with open_session(bundle, runtime="onnx"):  # which is everywhere
         opened = _resident("VmRSS")
         # The kernel writes the peak down late.
         return {"before": before, "peak": max(opened, _resident("VmHWM")), "opened": opened}

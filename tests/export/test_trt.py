@@ -1,24 +1,34 @@
 """Engines: built for real by TensorRT-RTX, which needs no GPU for that, from graphs that are proven beside them."""
 
+import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
+import torch
 from click.testing import CliRunner
 from onnx import ModelProto, NodeProto, helper
 
 from nbp_engines.bundle import Bundle
-from nbp_engines.errors import UsageError
-from nbp_export import trt
+from nbp_engines.errors import BundleError, UsageError
+from nbp_export import onnx_bundle, trt
 from nbp_export.cli import main
+from nbp_export.graphs import trace
 from nbp_export.onnx_bundle import GENERATOR, export
-from nbp_export.sources import Source
+from nbp_export.parity import ParityError
+from nbp_export.sources import Request, Source, find, random_generator
 from nbp_export.trt_library import RTX, Options
-from nbp_reference.config import ModelConfig
+from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.model import NextBlockTransformer
+from nbp_reference.tokenizer import VideoTokenizer
 from tests.export.support import Exported
+from tests.export.test_parity import mask_with, prefill_shortcut
 from tests.support import filled, golden_hybrid
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'nbp-export[trt-rtx]'")
@@ -74,6 +84,42 @@ def test_the_command(tmp_path: Path) -> None:
     assert "not verified: the engines themselves" in done.output
     assert {path.name for path in out.glob("*.engine")} == {"encode.engine", "generator.engine", "decode.engine"}
     assert Bundle.open(out, require_receipt=True).manifest.spec.dtype == "fp16"
+
+
+def told(bundle: Bundle) -> list[tuple[object, ...]]:
+    """Of each engine: file, profiles, cache updates, attentions, and how those were built."""
+    counts = ("KV_CACHE_UPDATE", "ATTENTION_INPUT")
+    return [(b.file, b.tokens, *(b.layers.get(name, 0) for name in counts), b.attention) for b in trt.builds(bundle)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("size", [1, 16, 256])
+def test_all_engines_of_the_bundled_models(size: int, dtype: str, tmp_path: Path) -> None:
+    bundle = export(find(Request(block=str(size))), tmp_path / "bundle", dtype, engines=SM80)
+    assert told(bundle) == [
+        ("generator.engine", (512, size), 10, 5, "fused"),
+        ("encode.engine", (), 0, 0, "none"),
+        ("decode.engine", (), 0, 0, "none"),
+    ]
+    assert Bundle.open(bundle.path, require_receipt=True) == bundle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("size", [1, 16, 256])
+def test_all_engines_of_two_layers_at_the_papers_width(size: int, dtype: str, tmp_path: Path) -> None:
+    config = replace(MODELS["nbp-xl"], layers=2).with_block(str(size))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # The same at every block size, and a minute to prove.
+        tokenizer = VideoTokenizer(TOKENIZERS["official"]).eval() if size == 16 else None
+    source = Source("wide", random_generator(config), tokenizer, False, "a test's model")
+    bundle = export(source, tmp_path / "bundle", dtype, engines=SM80)
+    generated, *others = told(bundle)
+    assert generated == ("generator.engine", (512, size), 4, 2, "fused")
+    assert [file for file, *_ in others] == (["encode.engine", "decode.engine"] if size == 16 else [])
+    assert bundle.receipt()
 
 
 def test_an_unknown_architecture_leaves_nothing(tmp_path: Path) -> None:
@@ -137,6 +183,22 @@ def unaliased_output(model: ModelProto) -> None:
     write.input[0] = "copied"
 
 
+def transposed_cache(model: ModelProto) -> None:
+    """A cache whose rows are not together: slots before heads, as attention has them in training."""
+    write = of_type(model, "TensorScatter")[0]
+    cache, output = write.input[0], write.output[0]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name in (cache, output):
+            heads, slots = value.type.tensor_type.shape.dim[1:3]
+            heads.dim_value, slots.dim_value = slots.dim_value, heads.dim_value
+    write.input[0], write.output[0] = "turned", "written"
+    for node in of_type(model, "Attention"):
+        node.input[:] = ["written" if name == output else name for name in node.input]
+    at = list(model.graph.node).index(write)
+    model.graph.node.insert(at + 1, helper.make_node("Transpose", ["written"], [output], perm=[0, 2, 1, 3]))
+    model.graph.node.insert(at, helper.make_node("Transpose", [cache], ["turned"], perm=[0, 2, 1, 3]))
+
+
 def outputs_swapped(model: ModelProto) -> None:
     """Keys into the values' memory."""
     first, second = of_type(model, "TensorScatter")[:2]
@@ -147,8 +209,9 @@ def outputs_swapped(model: ModelProto) -> None:
     ("change", "message"),
     [
         (nonpad_lengths, "has no mask"),
-        (unaliased_output, "cache"),
-        (outputs_swapped, "k_cache_0_out is no update of k_cache_0"),
+        (unaliased_output, "k_cache_0_out is no update of k_cache_0 in place"),
+        (transposed_cache, "k_cache_0_out is no update of k_cache_0 in place"),
+        (outputs_swapped, "v_cache_0_out is no update of v_cache_0 in place"),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )
@@ -161,6 +224,100 @@ def test_a_fault_is_named(
     onnx.save(model, tmp_path / "broken.onnx")
     with pytest.raises(trt.BuildError, match=message):
         trt.build(tmp_path / "broken.onnx", [bundle.manifest.graph_specs()["step"]], RTX, SM80)
+
+
+def test_the_prefill_shortcut_is_caught_by_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT builds the mask that is right for one block and wrong for the condition; the bundle does not appear."""
+
+    def traced(*arguments: Any, **options: Any) -> ir.Model:
+        with mask_with(prefill_shortcut):
+            return trace(*arguments, **options)
+
+    monkeypatch.setattr(onnx_bundle, "trace", traced)
+    with pytest.raises(ParityError, match=r"generator\.onnx differs from the reference at cache_pos \[0\]: logits"):
+        export(wide("1x1x16"), tmp_path / "bundle", "fp16", engines=SM80)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is left in a bundle may be changed by anybody.
+WRONG_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "no list": (lambda _: {}, "not a list"),
+    "another file": (lambda builds: [builds[0] | {"file": "other.engine"}], "not the manifest's engines"),
+    "one twice": (lambda builds: builds * 2, "not the manifest's engines"),
+    "none": (lambda _: [], "not the manifest's engines"),
+    "a path": (lambda builds: [builds[0] | {"file": "../x"}], "not a plain file name"),
+    "no bytes": (lambda builds: [builds[0] | {"weights": -1}], "not bytes, or null"),
+    "layers of text": (lambda builds: [builds[0] | {"layers": {"SHUFFLE": "many"}}], "not a whole number"),
+    "a terminal's commands": (lambda builds: [builds[0] | {"layers": {"\x1b[31m": 1}}], "not printable"),
+    "more": (lambda builds: [builds[0] | {"speed": 9}], "'speed', which means nothing"),
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export(wide("1x1x16"), tmp_path_factory.mktemp("built") / "bundle", "fp16", engines=SM80)
+
+
+@pytest.mark.parametrize("name", WRONG_BUILDS)
+def test_a_wrong_account_of_the_engines(name: str, built: Bundle, tmp_path: Path) -> None:
+    change, message = WRONG_BUILDS[name]
+    bundle = replace(built, path=Path(shutil.copytree(built.path, tmp_path / "copy")))
+    account = bundle.path / trt.BUILDS
+    account.write_text(json.dumps(change(json.loads(account.read_text()))))
+    with pytest.raises(BundleError, match=message):
+        trt.builds(bundle)
+    account.unlink()
+    with pytest.raises(BundleError, match="cannot be read"):
+        trt.builds(bundle)
+
+
+def test_inspect_and_verify_tell_of_the_engines(built: Bundle, tmp_path: Path) -> None:
+    path = shutil.copytree(built.path, tmp_path / "copy")
+    told = CliRunner().invoke(main, ["inspect", str(path)])
+    assert told.exit_code == 0, told.output
+    words = " ".join(told.output.split())
+    assert "generator.engine prefill (512) sm80 tensorrt_rtx 1." in words
+    assert "fused" in words
+    assert "4 kv_cache_update" in words
+    assert "No engine has been executed by us" in words
+    data = json.loads(CliRunner().invoke(main, ["inspect", "--json", str(path)]).output)
+    assert data["engines"][0]["activations"] == [*trt.builds(built)[0].activations]
+    proven = CliRunner().invoke(main, ["verify", str(path)])
+    assert proven.exit_code == 0, proven.output
+    assert "not verified: the engines themselves" in proven.output
+
+
+# Only looking.
+
+
+def test_check_counts_layers_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["trt", "--block", "16", "--check"])
+    assert done.exit_code == 0, done.output
+    assert re.search(
+        r"generator\.onnx: every node maps, \d+ layers: .*10 kv_cache_update, 5 attention_input", done.output
+    )
+    assert "decode.onnx: every node maps" in done.output
+    assert "not built and not compared" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_lists_every_node_that_does_not_map(exported: Exporter, tmp_path: Path) -> None:
+    bundle = exported("1x2x2", dtype="fp16", batch=2, one_graph=True).bundle
+    model = onnx.load(bundle.path / GENERATOR)
+    for name, op, domain in (("first", "Det", ""), ("second", "Foo", "acme")):
+        node = of_type(model, "Gelu" if op == "Det" else "Attention")[0]
+        between = f"before_{name}"
+        model.graph.node.insert(
+            list(model.graph.node).index(node) + 1,
+            helper.make_node(op, [between], [node.output[0]], name=name, domain=domain),
+        )
+        node.output[0] = between
+    onnx.save(model, tmp_path / "odd.onnx")
+    with pytest.raises(trt.BuildError) as error:
+        trt.check(tmp_path / "odd.onnx", bundle.manifest.graph_specs()["step"], RTX)
+    assert "first (Det): UNSUPPORTED_NODE" in error.value.message
+    assert "second (Foo): INVALID_NODE" in error.value.message
 
 
 def test_the_control_of_the_faults(exported: Exporter) -> None:
