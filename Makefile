@@ -10,6 +10,9 @@ JOBS        ?= auto
 # Where `make train` leaves its runs, and the block sizes that it trains.
 RUNS        ?= runs
 BLOCKS      ?= 1 16 256
+# For the targets that run on a GPU: a Python that has torch with CUDA already, and where `make a100` works.
+GPU_PYTHON  ?= python3
+A100        ?= nbp-a100
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
@@ -18,12 +21,15 @@ LOG   := $(VENV)/pip.log
 QUIET := >> $(LOG) 2>&1 || { tail -n 20 $(LOG); echo "set-up failed; all that pip said is in $(LOG)"; exit 1; }
 SETUP := $(VENV)/.set-up
 CLIPS := $(VENV)/.training-clips
+# From a plain checkout, with nothing of ours installed.
+PLAIN := PYTHONPATH=.:reference:engines:bench:reports $(GPU_PYTHON)
+EXPORT := $(PLAIN) -c 'from nbp_export.cli import main; main()'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test test-slow lint format train clean
+.PHONY: help setup bench test test-slow lint format train gpu a100 clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## make $(VENV) with everything that the other targets need
 
@@ -64,6 +70,20 @@ train: $(CLIPS) ## make the nbp-tiny weights again, in $(RUNS), for the sizes in
 	@$(BIN)/python -m nbp_reference.train tokenizer --out $(RUNS)
 	@for block in $(BLOCKS); do $(BIN)/python -m nbp_reference.train generator --block $$block --out $(RUNS) || exit 1; done
 	@$(BIN)/python -m nbp_reference.train generator --hybrid --block 16 --steps 1500 --out $(RUNS)
+
+gpu: ## on a GPU: hold every engine against the reference and time it; wants torch with CUDA, installs nothing
+	@$(PLAIN) -m nbp_bench.gpu $(ARGS)
+	@if $(GPU_PYTHON) -c 'import hypothesis, pytest' 2> /dev/null; \
+	then $(GPU_PYTHON) -m pytest -m gpu $$(grep -rl --include='*.py' 'mark\.gpu' tests); \
+	else echo "no pytest or hypothesis there: the tests for a GPU did not run"; fi
+
+# The same names as the script's, which measures what it finds. Never run by us: it takes TensorRT 11 and an A100.
+a100: ## on an A100 with TensorRT 11: build engines, verify and time them; leaves one file to send back
+	@for block in 1x1x16 1x1x1 1x16x16; do bundle=$(A100)/bundles/nbp-xl-$$block-bf16-sm80; \
+	{ test -e $$bundle || $(EXPORT) trt --builder tensorrt --model nbp-xl --weights random --block $$block \
+	--dtype bf16 --out $$bundle; } && $(EXPORT) verify --runtime tensorrt $$bundle || exit 1; done
+	@$(PLAIN) -m nbp_bench.gpu --engines reference,graphs,tensorrt --dtype bf16 --minutes 30 --out $(A100) $(ARGS)
+	@echo "please send back $(A100)/nbp-xl-bf16.jsonl"
 
 clean: ## remove build products and caches; the environment and the runs stay
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

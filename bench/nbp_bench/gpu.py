@@ -232,19 +232,20 @@ class _Bench(AbstractContextManager["_Bench"]):
         except BrokenProcessPool as error:
             result = Result(why="its process died", trace=str(error))
         if result.trace:
-            self._stop()
+            self._stop(kill=True)
         return result
 
-    def _stop(self) -> None:
+    def _stop(self, kill: bool) -> None:
         if self._pool:
-            with suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+            if kill:
+                with suppress(ProcessLookupError):
+                    os.kill(self._pid, signal.SIGKILL)
             self._pool.shutdown()
             self._pool = None
 
-    def __exit__(self, *_: object) -> None:
-        """End the process and close the log."""
-        self._stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the process, at once if interrupted, and close the log."""
+        self._stop(kill=kind is not None)
         self._log.close()
 
     def summary(self) -> str:
