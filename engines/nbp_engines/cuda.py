@@ -185,6 +185,7 @@ class Mirror:
         device.hold(rt.cudaFreeHost, self._pinned)
         raw = (c_byte * self.buffer.nbytes).from_address(self._pinned)
         self.host = np.ctypeslib.as_array(raw).view(HOST[dtype]).reshape(shape)
+        self.host[...] = 0  # it is run once before anybody gives it tokens
 
     def enqueue_write(self) -> None:
         """Enqueue the copy to the device."""

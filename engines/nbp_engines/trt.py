@@ -46,21 +46,25 @@ class _Profile:
         if self._logits:
             memory[first.name] = self._logits
         self._context = context = _context(trt, engine)
-        refused = [] if context.set_optimization_profile_async(index, device.stream) else [f"profile {index}"]
+        self._require(context.set_optimization_profile_async(index, device.stream), f"profile {index}")
         device.synchronize()
-        refused += [t.name for t in spec.inputs if not context.set_input_shape(t.name, t.shape)]
+        for t in spec.inputs:
+            self._require(context.set_input_shape(t.name, t.shape), f"{t.name} of {list(t.shape)}")
         for t in (*spec.inputs, *spec.outputs):
-            if not context.set_tensor_address(t.name, memory[spec.aliases.get(t.name, t.name)].ptr):
-                refused.append(f"the address of {t.name}")
-        refused += context.infer_shapes()
-        refused += [t.name for t in spec.outputs if tuple(context.get_tensor_shape(t.name)) != t.shape]
-        if refused:
-            raise EngineError(f"TensorRT does not take {', '.join(refused)} for {spec.name}")
+            pointer = memory[spec.aliases.get(t.name, t.name)].ptr
+            self._require(context.set_tensor_address(t.name, pointer), f"the address of {t.name}")
+        self._require(not (missing := context.infer_shapes()), f"{missing} as they are")
+        for t in spec.outputs:  # it writes as much as it says, and there is room for as much as the manifest says
+            self._require(tuple(context.get_tensor_shape(t.name)) == t.shape, f"{t.name} of {list(t.shape)}")
         self._enqueue()  # once before it is captured: shapes settle, and what is compiled or allocated late is done
         device.synchronize()
         # TensorRT-RTX can tell; one that cannot be captured still runs.
         capturable = getattr(context, "is_stream_capturable", lambda _: True)(device.stream)
         self.launch = Graph(device, self._enqueue).launch if capturable else self._enqueue
+
+    def _require(self, taken: bool, what: str) -> None:
+        if not taken:
+            raise EngineError(f"TensorRT does not take {what} for {self.spec.name}")
 
     def _enqueue(self) -> None:
         for mirror in self._given:

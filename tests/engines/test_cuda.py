@@ -1,0 +1,301 @@
+"""The device's side: its errors for real, and what we ask of it against an emulation that cannot drift from the API."""
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_rtx
+
+from nbp_engines import cuda
+from nbp_engines.cuda import Device, Graph, Mirror, Sampler, enqueue_copy
+from nbp_engines.errors import EngineError
+from nbp_engines.sampling import GREEDY, Sampling, sample
+from nbp_engines.spec import SystemSpec
+from tests.engines.emulated import (
+    Context,
+    CudaEngine,
+    Driver,
+    Gpu,
+    Module,
+    Nvrtc,
+    Runtime,
+    RuntimeConfig,
+    TensorRt,
+    emulated,
+)
+from tests.engines.test_bundle import SPEC
+
+no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")
+
+
+# What is not there, for real.
+
+
+@no_gpu
+def test_a_machine_without_a_driver_is_told_so() -> None:
+    with pytest.raises(EngineError, match="no NVIDIA driver here"):
+        Device.open()
+
+
+@pytest.mark.parametrize("name", ["runtime", "driver", "nvrtc"])
+def test_without_cuda_python_the_pip_command_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, f"cuda.bindings.{name}", None)
+    cuda.bindings.cache_clear()
+    with pytest.raises(EngineError, match=r"pip install 'cuda-bindings==13\.\*'"):
+        cuda.bindings(name)
+    cuda.bindings.cache_clear()
+
+
+def test_without_nvrtc_the_pip_command_is_told(tmp_path: Path) -> None:
+    """In a process that has cuda-python and no other package."""
+    for name in ("cuda", "numpy", "click"):
+        found = importlib.util.find_spec(name)
+        assert found is not None
+        assert found.submodule_search_locations
+        for place in found.submodule_search_locations:
+            (tmp_path / name).symlink_to(place)
+    for extra in Path(np.__file__).parents[1].glob("numpy.libs"):
+        (tmp_path / extra.name).symlink_to(extra)
+    engines = Path(cuda.__file__).parents[1]
+    code = (
+        f"import sys; sys.path = [p for p in sys.path if 'site-packages' not in p] + {[str(tmp_path), str(engines)]}\n"
+        "import site; site.getsitepackages = lambda: []; site.ENABLE_USER_SITE = False\n"
+        "from nbp_engines import cuda; cuda.compiled(b'', 'sm80')"
+    )
+    bare = {key: value for key, value in os.environ.items() if key not in ("LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=bare)
+    assert (
+        "EngineError: compiling the sampling kernel needs NVRTC: pip install 'nvidia-cuda-nvrtc==13.*'" in done.stderr
+    )
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm120"])
+def test_the_kernel_compiles(arch: str) -> None:
+    """By NVRTC itself, which needs no GPU, to code and not to PTX."""
+    if importlib.util.find_spec("nvidia.cu13") is None:
+        pytest.skip("needs NVRTC")
+    code = cuda.compiled(cuda.KERNEL.read_bytes(), arch)
+    assert code.startswith(b"\x7fELF")
+    for dtype in ("fp32", "fp16", "bf16"):
+        assert f".text.sample_{dtype}".encode() in code
+
+
+def test_what_the_compiler_says_is_told() -> None:
+    if importlib.util.find_spec("nvidia.cu13") is None:
+        pytest.skip("needs NVRTC")
+    with pytest.raises(EngineError, match=r'for sm80: NVRTC_ERROR_COMPILATION: .*"nowhere" is undefined'):
+        cuda.compiled(b"__global__ void f() { nowhere(); }", "sm80")
+
+
+# The emulation and the real API.
+
+EMULATED: list[tuple[type, Any]] = [
+    *((module, module.real) for module in (Runtime, Driver, Nvrtc)),
+    (Context, tensorrt_rtx.IExecutionContext),
+    (CudaEngine, tensorrt_rtx.ICudaEngine),
+    (RuntimeConfig, tensorrt_rtx.IRuntimeConfig),
+    (type(vars(TensorRt(Gpu()))["Runtime"]), tensorrt_rtx.Runtime),
+]
+OURS = {"compute", "gpu", "graphs", "taken", "real"}
+
+
+def public(kind: type) -> list[str]:
+    """What a class offers to a session."""
+    return [name for name in dir(kind) if not name.startswith("_") and name not in OURS]
+
+
+def parameters(function: Any, name: str) -> set[tuple[str, ...]]:
+    """The names of a function's parameters, of each overload's where its docstring tells; no `self`."""
+    try:
+        found = [[*inspect.signature(function).parameters]]
+    except ValueError:
+        found = [re.findall(r"(\w+):", text) for text in re.findall(rf"{name}\((self: .*?)\) ->", function.__doc__)]
+    return {tuple(p for p in names if p != "self") for names in found}
+
+
+@pytest.mark.parametrize(("ours", "real"), EMULATED, ids=lambda kind: kind.__name__)
+def test_the_emulation_offers_nothing_that_the_real_one_has_not(ours: type, real: Any) -> None:
+    if ours is type:
+        ours = TensorRt(Gpu()).Runtime
+    assert public(ours), "nothing to compare"
+    for name in public(ours):
+        assert hasattr(real, name), name
+        mine = inspect.getattr_static(ours, name)
+        if inspect.isfunction(mine):
+            assert parameters(mine, name) <= parameters(getattr(real, name), name), name
+
+
+def test_the_comparison_would_see_a_difference() -> None:
+    real = parameters(tensorrt_rtx.IExecutionContext.execute_async_v3, "execute_async_v3")
+    assert real == {("stream_handle",)}
+    assert (
+        parameters(Runtime.cudaMalloc, "cudaMalloc") == parameters(Runtime.real.cudaMalloc, "cudaMalloc") == {("size",)}
+    )
+
+
+# What we ask of it.
+
+
+@pytest.fixture
+def gpu() -> Iterator[Gpu]:
+    with emulated(Gpu()) as gpu:
+        yield gpu
+        assert not gpu.device, "device memory is left"
+        assert not gpu.pinned, "pinned memory is left"
+        assert not gpu.handles, "streams, graphs or modules are left"
+
+
+@pytest.fixture
+def device(gpu: Gpu) -> Iterator[Device]:  # noqa: ARG001 - it has to be there
+    device = Device.open()
+    yield device
+    device.close()
+
+
+def test_a_device_tells_what_it_is(device: Device) -> None:
+    assert (device.name, device.arch, device.driver) == ("Emulated", "sm80", "13.0")
+    assert device.memory_bytes == device.free() == 80 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Gpu(served=0), "no NVIDIA driver"),
+        (Gpu(served=12080), r"serves CUDA 12\.8, 13\.0 is needed: install driver 580"),
+        (Gpu(count=0), "no GPU to run on: cudaErrorNoDevice.*CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_a_device_that_is_not_there(found: Gpu, words: str) -> None:
+    with emulated(found), pytest.raises(EngineError, match=words):
+        Device.open()
+
+
+def test_a_number_that_no_gpu_has() -> None:
+    with emulated(Gpu()), pytest.raises(EngineError, match="1 found, number 3 asked for"):
+        Device.open(3)
+
+
+def test_memory_is_zero_although_it_was_not(device: Device) -> None:
+    assert not device.allocate((3, 5), "fp32").read().any()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int64", "fp64"])
+def test_what_is_written_is_read(device: Device, dtype: str) -> None:
+    values = np.arange(-6, 6).reshape(3, 4).astype(cuda.HOST[dtype])
+    buffer = device.allocate((3, 4), dtype)
+    buffer.write(values)
+    assert np.array_equal(buffer.read(), values)
+    assert np.array_equal(np.asarray(buffer), values)
+    assert buffer.read().dtype == values.dtype
+
+
+def test_bf16_is_rounded_to_the_nearest_even_as_pytorch_does(device: Device) -> None:
+    import torch
+
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 100_000, np.uint32)
+    bits[: 2**16] = np.arange(2**16, dtype=np.uint32) << 16 | 0x8000  # every tie
+    values = bits.view(np.float32)
+    buffer = device.allocate(values.shape, "bf16")
+    buffer.write(values)
+    expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+    assert np.array_equal(buffer.read(), expected, equal_nan=True)
+    assert buffer.nbytes == 200_000
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "given"),
+    [
+        ((2, 3), "fp16", np.zeros((3, 2), np.float16)),
+        ((2,), "int64", np.zeros(2)),
+        ((1,), "bf16", np.zeros(1, complex)),
+    ],
+)
+def test_what_does_not_fit_is_refused(device: Device, shape: Any, dtype: str, given: np.ndarray) -> None:
+    with pytest.raises(EngineError, match=re.escape(f"{given.dtype} {list(given.shape)} for a buffer of {dtype}")):
+        device.allocate(shape, dtype).write(given)
+
+
+def test_too_little_memory_is_told_in_bytes() -> None:
+    with emulated(Gpu(memory=1000)) as gpu:
+        device = Device.open()
+        device.allocate((10, 10), "fp32")
+        with pytest.raises(EngineError, match="no room for k_cache_3 on Emulated: asked for 640 bytes, 600 free"):
+            device.allocate((8, 10), "fp64", "k_cache_3")
+        assert gpu.log[-1] == "cudaGetLastError", "the next library would find the error"
+        device.close()
+
+
+def test_a_status_is_told_by_name(device: Device) -> None:
+    with pytest.raises(EngineError, match="cudaMemcpyAsync: cudaErrorInvalidValue"):
+        enqueue_copy(device, 16, 32, 4, "HostToDevice")
+
+
+def test_a_captured_call_runs_when_it_is_launched_and_not_before(device: Device) -> None:
+    given, out = Mirror(device, [4], "int64"), Mirror(device, [4], "int64")
+
+    def double() -> None:
+        given.enqueue_write()
+        enqueue_copy(device, out.host.ctypes.data, given.buffer.ptr, 32, "DeviceToHost")
+
+    out.host[:] = -1
+    graph = Graph(device, double)
+    for values in ([1, 2, 3, 4], [5, 6, 7, 8]):
+        given.host[:] = values
+        device.synchronize()
+        assert out.host.tolist() != values
+        graph.launch()
+        device.synchronize()
+        assert out.host.tolist() == values
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(gpu: Gpu, device: Device) -> None:
+    mirror = Mirror(device, [2], "fp32")
+
+    def waits() -> None:
+        mirror.enqueue_write()
+        mirror.buffer.read()
+
+    with pytest.raises(EngineError, match="StreamCapture"):
+        Graph(device, waits)
+    assert gpu.capturing is None
+    assert not mirror.buffer.read().any()
+
+
+# A block of four tokens and a single one.
+settings = [Sampling(), GREEDY, Sampling(0.7, 5, 0.8), Sampling(2.0, 10**12, 1.0)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("sampling", settings)
+@pytest.mark.parametrize("shape", [(1, 4), (1, 1)])
+def test_tokens_are_the_hosts(device: Device, dtype: str, sampling: Sampling, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(3)
+    spec = SystemSpec.from_json(SPEC.to_json() | {"dtype": dtype})
+    logits, sampler = device.allocate((*shape, spec.vocab), dtype), Sampler(device, spec)
+    for _ in range(3):
+        logits.write(rng.standard_normal((*shape, spec.vocab)).astype(np.float32))
+        noise = rng.uniform(size=shape)
+        assert np.array_equal(sampler.sample(logits, noise, sampling), sample(logits.read(), noise, sampling))
+
+
+def test_logits_of_the_host_are_drawn_there(gpu: Gpu, device: Device) -> None:
+    logits, noise = np.eye(4, SPEC.vocab, dtype=np.float32)[None] * 9, np.full((1, 4), 0.5)
+    found = Sampler(device, SPEC).sample(logits, noise, Sampling())
+    assert np.array_equal(found, sample(logits, noise, Sampling()))
+    assert not any(name.startswith("sample_") for name in gpu.log)
+
+
+def test_modules_of_the_emulation_give_the_real_ones_types_alone() -> None:
+    module: Module = Runtime(Gpu())
+    assert module.cudaMemcpyKind is Runtime.real.cudaMemcpyKind
+    with pytest.raises(AssertionError, match="cudaMallocAsync is not emulated"):
+        _ = module.cudaMallocAsync

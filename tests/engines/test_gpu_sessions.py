@@ -1,0 +1,447 @@
+"""TensorRT engines and ONNX Runtime's CUDA provider as sessions, on an emulated GPU: our side of every call is real.
+
+The tokens are ONNX Runtime's on the CPU and the authors'; the proof of parity passes, and faults planted in the engine
+or in the session do not pass.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from nbp_engines import cuda, ort, trt
+from nbp_engines.bundle import RECEIPT, Bundle
+from nbp_engines.errors import EngineError
+from nbp_engines.generator import Generator
+from nbp_engines.sampling import GREEDY
+from nbp_engines.session import open_session
+from nbp_export import parity
+from nbp_export.cli import main
+from nbp_export.onnx_bundle import export
+from nbp_export.parity import ParityError, check_generator, check_tokenizer
+from nbp_export.proof import prove_again
+from nbp_export.sources import Request, Source, find
+from tests.engines.emulated import Gpu, emulated, with_engines
+from tests.engines.test_sample_cu import by_kernel
+from tests.export.support import Exported
+from tests.support import golden, golden_hybrid
+
+Exporter = Callable[..., Exported]
+GPU_RUNTIMES = ["tensorrt", "cuda"]
+
+
+@pytest.fixture
+def gpu() -> Iterator[Gpu]:
+    with emulated(Gpu()) as gpu:
+        yield gpu
+        assert not gpu.device, "device memory is left"
+        assert not gpu.pinned, "pinned memory is left"
+        assert not gpu.handles, "streams, graphs or modules are left"
+
+
+@pytest.fixture
+def engines(exported: Exporter, tmp_path: Path) -> Callable[..., Exported]:
+    """`engines(dtype, batch, damage, …)`: a small model with emulated engines, whose files a test may change."""
+
+    def make(dtype: str = "fp16", batch: int = 1, damage: dict[str, Any] | None = None, **changes: Any) -> Exported:
+        made = exported("1x1x4", dtype, batch, tokenizer=dtype != "bf16", one_graph=True)
+        path = Path(shutil.copytree(made.bundle.path, tmp_path / "bundle"))
+        return Exported(with_engines(replace(made.bundle, path=path), damage, **changes), made.source)
+
+    return make
+
+
+def frames(bundle: Bundle) -> np.ndarray:
+    """Given frames of random pixels."""
+    spec = bundle.manifest.spec
+    shape = (spec.batch, 3, spec.condition_frames, *spec.video[1:])
+    return np.random.default_rng(5).uniform(size=shape).astype(np.float32)
+
+
+# The same tokens.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    source = find(Request(None, None, None, None, "1x1x16", False))
+    return with_engines(export(source, tmp_path_factory.mktemp("tiny") / "bundle", "fp16", one_graph=True))
+
+
+@pytest.mark.parametrize("runtime", GPU_RUNTIMES)
+def test_nbp_tiny_predicts_what_it_does_on_the_cpu(tiny: Bundle, gpu: Gpu, runtime: str) -> None:
+    with open_session(tiny, 1, runtime="onnx") as session:
+        expected = Generator(session, seed=3).predict(frames(tiny))
+    with open_session(tiny, runtime=runtime) as session:
+        found = Generator(session, seed=3).predict(frames(tiny))
+        again = Generator(session, seed=3).predict(frames(tiny))
+    assert np.array_equal(found.tokens, expected.tokens)
+    assert np.array_equal(found.video, expected.video)
+    assert np.array_equal(again.tokens, expected.tokens)
+    assert "sample_fp16" in gpu.log
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("runtime", GPU_RUNTIMES)
+def test_the_authors_hybrid_draws_its_golden_tokens(runtime: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    case, out = golden("ucf_L4"), tmp_path_factory.mktemp("golden") / "bundle"
+    bundle = with_engines(export(Source("ucf", golden_hybrid(), None, True, "golden"), out, one_graph=True))
+    with open_session(bundle, runtime=runtime) as session:
+        for clip in Generator(session, GREEDY).blocks(case["text"].numpy().astype(np.int64)):
+            found = clip
+    assert np.array_equal(found, case["greedy"].numpy())
+
+
+def test_the_kernel_itself_draws_the_same_tokens(engines: Callable[..., Exported]) -> None:
+    bundle = engines("fp16").bundle
+    with open_session(bundle, 1, runtime="onnx") as session:
+        expected = Generator(session, seed=1).predict(frames(bundle)).tokens
+
+    def kernel(logits: np.ndarray, uniforms: np.ndarray, settings: Any, dtype: str) -> np.ndarray:
+        return by_kernel(logits, uniforms, settings, dtype)
+
+    with emulated(Gpu(draw=kernel)), open_session(bundle) as session:
+        assert np.array_equal(Generator(session, seed=1).predict(frames(bundle)).tokens, expected)
+
+
+# The proof of parity, garbage in every unused slot included.
+
+
+@pytest.mark.parametrize("runtime", GPU_RUNTIMES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_parity_through_a_gpus_session(engines: Callable[..., Exported], gpu: Gpu, runtime: str, batch: int) -> None:
+    bundle, source = engines("fp32", batch)
+    checks = [*check_generator(bundle, source.generator, runtime=runtime)]
+    assert source.tokenizer is not None
+    checks += check_tokenizer(bundle, source.tokenizer, runtime=runtime)
+    assert {check.graph for check in checks} == {"prefill", "step", "encode", "decode"}
+    assert any(name == ("replay" if runtime == "tensorrt" else "onnxruntime") for name in gpu.log)
+    assert [c.at for c in checks] == [
+        c.at
+        for part in (check_generator(bundle, source.generator), check_tokenizer(bundle, source.tokenizer))
+        for c in part
+    ]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_bf16_is_computed_in_bf16(engines: Callable[..., Exported]) -> None:
+    bundle, source = engines("bf16")
+    checks = [*check_generator(bundle, source.generator, runtime="tensorrt")]
+    assert {check.tolerance for check in checks} == {0.0, parity.TOLERANCE["bf16"]}
+    assert 1e-4 < max(check.worst for check in checks) < parity.TOLERANCE["bf16"]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_receipt_says_what_ran_where(engines: Callable[..., Exported]) -> None:
+    bundle = engines("fp16").bundle
+    version = bundle.manifest.engines[0].version
+    receipt = prove_again(bundle.path, runtime="tensorrt").receipt()
+    assert receipt is not None
+    assert receipt["executed"] == f"in fp16 by tensorrt_rtx {version} on Emulated"
+    assert receipt["runtime"] == f"tensorrt_rtx {version}"
+    assert {"cuda-bindings", "tensorrt-rtx"} <= receipt["versions"].keys()
+    receipt = prove_again(bundle.path, runtime="cuda").receipt()
+    assert receipt is not None
+    assert receipt["executed"] == "in fp16 by ONNX Runtime, CUDA provider on Emulated"
+
+
+def test_a_missing_gpu_voids_no_receipt(engines: Callable[..., Exported]) -> None:
+    path = engines("fp16").bundle.path
+    prove_again(path)
+    before = (path / RECEIPT).read_bytes()
+    with emulated(Gpu(count=0)), pytest.raises(EngineError, match="no GPU"):
+        prove_again(path, runtime="tensorrt")
+    assert (path / RECEIPT).read_bytes() == before
+
+
+def test_verify_runs_what_it_is_told_to(engines: Callable[..., Exported]) -> None:
+    path = engines("fp16").bundle.path
+    with emulated(Gpu()):
+        done = CliRunner().invoke(main, ["verify", str(path), "--runtime", "tensorrt"])
+    assert done.exit_code == 0, done.output
+    assert "in fp16 by tensorrt_rtx" in " ".join(done.output.split())
+    with emulated(Gpu(served=0)):
+        done = CliRunner().invoke(main, ["verify", str(path), "--runtime", "tensorrt"])
+    assert done.exit_code == 1
+    assert "Error: there is no NVIDIA driver here" in done.output
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_engine_that_differs_voids_the_receipt(
+    engines: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = engines("fp16").bundle.path
+    prove_again(path)
+    monkeypatch.setattr(cuda.Mirror, "enqueue_write", lambda _: None)
+    with pytest.raises(ParityError, match=r"run by tensorrt, differs from the reference"):
+        prove_again(path, runtime="tensorrt")
+    assert not (path / RECEIPT).exists()
+
+
+# What travels, and what stays.
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_step_moves_a_blocks_tokens_and_noise_alone(engines: Callable[..., Exported], gpu: Gpu) -> None:
+    bundle = engines("fp16").bundle
+    L = bundle.manifest.spec.block_size
+    with open_session(bundle) as session:
+        logits = session.prefill(np.zeros((1, 32), np.int64))
+        session.sample(logits, np.full((1, L), 0.5), GREEDY)
+        gpu.moved.clear()
+        logits = session.step(np.ones((1, L), np.int64), np.array([32]))
+        session.sample(logits, np.full((1, L), 0.5), GREEDY)
+        assert gpu.moved == {"in": L * 8 + 8 + L * 8, "out": L * 8}  # tokens, position and noise; tokens
+        assert np.asarray(logits).shape == (1, L, 125) == logits.shape
+
+
+def test_every_launch_of_a_graph_is_one_call(engines: Callable[..., Exported], gpu: Gpu) -> None:
+    with open_session(engines("fp16").bundle) as session:
+        gpu.log.clear()
+        session.step(np.ones((1, 4), np.int64), np.array([32]))
+        assert gpu.log == ["replay"] * 3  # two copies and the engine, of one captured graph
+
+
+@pytest.mark.usefixtures("gpu")
+def test_some_graphs_alone(engines: Callable[..., Exported]) -> None:
+    bundle = engines("fp16").bundle
+    (bundle.path / "generator.engine").unlink()
+    with open_session(bundle, graphs=["decode"]) as session:
+        assert session.decode(np.zeros((1, 80), np.int64)).shape == (1, 3, 17, 16, 16)
+        with pytest.raises(EngineError, match="has no step graph"):
+            session.step(np.zeros((1, 4), np.int64), np.array([32]))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_caches_come_and_go(engines: Callable[..., Exported]) -> None:
+    rng = np.random.default_rng(1)
+    with open_session(engines("bf16").bundle) as session:
+        shapes = {tensor.name: tensor.shape for tensor in session.spec.caches()}
+        given = {
+            name: (rng.standard_normal(shape).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+            for name, shape in shapes.items()
+        }
+        session.write_caches(given)
+        found = session.read_caches()
+        assert all(np.array_equal(found[name], given[name]) for name in shapes)
+
+
+@pytest.mark.parametrize("runtime", GPU_RUNTIMES)
+def test_inputs_that_do_not_fit_are_refused(engines: Callable[..., Exported], gpu: Gpu, runtime: str) -> None:
+    with open_session(engines("fp16").bundle, runtime=runtime) as session:
+        gpu.log.clear()
+        for tokens in (np.zeros((1, 5), np.int64), np.zeros((1, 4), np.int32), np.zeros((2, 4), np.int64)):
+            with pytest.raises(EngineError, match=r"step: tokens is int.*, the graph takes int64 \[1, 4\]"):
+                session.step(tokens, np.array([32]))
+        assert not gpu.log
+
+
+# Engines that are not for this machine, or not what they are said to be.
+
+
+REFUSED: dict[str, tuple[Gpu, dict[str, Any], str]] = {
+    "another architecture": (
+        Gpu(),
+        {"arch": "sm86"},
+        r"encode\.engine was built for sm86, Emulated is sm80: build .* `nbp-export trt .* --arch sm80 --builder rtx`",
+    ),
+    "an older GPU": (Gpu(7, 5), {"compatibility": "ampere+"}, "built for sm80, Emulated is sm75"),
+    "another of its kind": (Gpu(8, 6), {"compatibility": "same-cc"}, "built for sm80, Emulated is sm86"),
+    "another version": (
+        Gpu(),
+        {"version": "1.6"},
+        r"here is 1\.7.*: pip install 'nbp-export\[trt-rtx\]' tensorrt-rtx==1\.6, or build .*--arch sm80 --builder",
+    ),
+    "a swapped order": (Gpu(), {"graphs": ("step", "prefill")}, "has no|profile 0 takes tokens"),
+    "no room for caches": (Gpu(memory=10_000), {}, r"no room for \w+ on Emulated: asked for [\d,]+ bytes, [\d,]+ free"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_engines_that_cannot_run_here(engines: Callable[..., Exported], name: str) -> None:
+    found, changes, words = REFUSED[name]
+    if "graphs" in changes:
+        bundle = engines("fp16").bundle
+        swapped = tuple(replace(e, graphs=e.graphs[::-1]) for e in bundle.manifest.engines)
+        bundle = replace(bundle, manifest=replace(bundle.manifest, engines=swapped))
+    else:
+        bundle = engines("fp16", **changes).bundle
+    with emulated(found) as gpu:
+        with pytest.raises(EngineError, match=words):
+            open_session(bundle)
+        assert {**gpu.device, **gpu.pinned, **dict.fromkeys(gpu.handles)} == {}, "something is left"
+
+
+def test_an_engine_for_every_ampere_runs_on_a_later_gpu(engines: Callable[..., Exported]) -> None:
+    with emulated(Gpu(8, 9)), open_session(engines("fp16", compatibility="ampere+").bundle) as session:
+        assert session.spec.block_size == 4
+
+
+def test_a_library_that_is_not_installed(engines: Callable[..., Exported]) -> None:
+    """For real: TensorRT 11 is not here."""
+    bundle = engines("fp16", library="tensorrt", version="11.4.0.106").bundle
+    words = r"built by tensorrt 11\.4\.0\.106, which is not installed: pip install 'nbp-export\[trt\]' tensorrt==11\.4"
+    with pytest.raises(EngineError, match=words):
+        open_session(bundle)
+
+
+def test_a_bundle_without_engines(exported: Exporter) -> None:
+    with pytest.raises(EngineError, match="has no engines to run: build them with `nbp-export trt --block 1x1x4"):
+        open_session(exported("1x1x4").bundle, runtime="tensorrt")
+
+
+def test_an_engine_that_does_not_load(engines: Callable[..., Exported], gpu: Gpu) -> None:
+    bundle = engines("fp16").bundle
+    (bundle.path / "generator.engine").write_bytes(b"nonsense")
+    words = r"does not load .*generator\.engine on Emulated: magic tag does not match \(8 bytes asked for, [\d,]+ free"
+    with pytest.raises(EngineError, match=words):
+        open_session(bundle, graphs=["step"])
+    assert not gpu.device
+
+
+DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
+    "a copied cache": ({"copied": ["v_cache_1_out"]}, "v_cache_1_out is no update of v_cache_1 in place"),
+    "logits of another type": ({"dtype logits": "FLOAT"}, "logits is output FLOAT .*, where output HALF .* is due"),
+    "a smaller cache": ({"shape k_cache_0": [1, 2, 60, 32]}, "k_cache_0 is input HALF .*60, 32"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.usefixtures("gpu")
+def test_engines_that_are_not_what_the_manifest_says(engines: Callable[..., Exported], name: str) -> None:
+    damage, words = DAMAGE[name]
+    with pytest.raises(EngineError, match=rf"generator\.engine: .*{words}.*build it again"):
+        open_session(engines("fp16", damage=damage).bundle, graphs=["prefill", "step"])
+
+
+# Faults of the session itself.
+
+
+def never_writes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cuda.Mirror, "enqueue_write", lambda _: None)
+
+
+def writes_only_once(patch: pytest.MonkeyPatch) -> None:
+    """Tokens that were captured by value, as it were."""
+    plain = trt._Profile.run
+
+    def stale(self: Any, inputs: Any) -> Any:
+        self.kept = getattr(self, "kept", {name: value.copy() for name, value in inputs.items()})
+        return plain(self, self.kept)
+
+    patch.setattr(trt._Profile, "run", stale)
+
+
+def never_waits(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cuda.Device, "synchronize", lambda _: None)
+
+
+def never_zeroes(patch: pytest.MonkeyPatch) -> None:
+    """Only the copies in its place: cudaMalloc's memory is NaN."""
+    plain = cuda.call
+
+    def call(function: Any, *arguments: Any) -> Any:
+        return None if function.__name__ == "cudaMemsetAsync" else plain(function, *arguments)
+
+    patch.setattr(cuda, "call", call)
+
+
+def first_profile_for_all(patch: pytest.MonkeyPatch) -> None:
+    plain = trt._Profile.__init__
+
+    def init(self: Any, library: Any, engine: Any, index: int, *rest: Any) -> None:
+        plain(self, library, engine, 0 * index, *rest)
+
+    patch.setattr(trt._Profile, "__init__", init)
+
+
+def caches_of_its_own(patch: pytest.MonkeyPatch) -> None:
+    """Each graph with other caches: what prefill writes, no step sees."""
+    plain = trt._Profile.__init__
+
+    def init(self: Any, library: Any, engine: Any, index: int, spec: Any, device: Any, caches: Any) -> None:
+        own = {name: device.allocate(cache.shape, cache.dtype) for name, cache in caches.items()}
+        plain(self, library, engine, index, spec, device, own)
+
+    patch.setattr(trt._Profile, "__init__", init)
+
+
+def captured_cold(patch: pytest.MonkeyPatch) -> None:
+    plain, calls = trt._Profile._enqueue, set()
+
+    def enqueue(self: Any) -> None:
+        if id(self) in calls:
+            plain(self)
+        calls.add(id(self))
+
+    patch.setattr(trt._Profile, "_enqueue", enqueue)
+
+
+FAULTS = [
+    never_writes,
+    writes_only_once,
+    never_waits,
+    never_zeroes,
+    first_profile_for_all,
+    caches_of_its_own,
+    captured_cold,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_session_is_caught(
+    engines: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """By an error, or by other tokens than the CPU's after other tokens were generated before."""
+    bundle = engines("fp16").bundle
+    with open_session(bundle, 1, runtime="onnx") as session:
+        expected = Generator(session, seed=2).predict(frames(bundle)).tokens
+    fault(monkeypatch)
+    with emulated(Gpu()):
+        try:
+            session = open_session(bundle)
+            Generator(session, seed=1).predict(frames(bundle)[..., ::-1].copy())
+            found = Generator(session, seed=2).predict(frames(bundle)).tokens
+        except EngineError:
+            return
+        assert not np.array_equal(found, expected)
+
+
+# ONNX Runtime's CUDA provider.
+
+
+def test_the_cpus_onnx_runtime_is_refused(exported: Exporter) -> None:
+    """For real."""
+    words = r"ONNX Runtime .* here is the CPU's.*pip uninstall onnxruntime, then pip install 'nbp-export\[gpu\]'"
+    with pytest.raises(EngineError, match=words):
+        open_session(exported("1x1x4").bundle, runtime="cuda")
+
+
+def test_a_silent_fallback_is_refused(exported: Exporter) -> None:
+    with emulated(Gpu(), took="CPUExecutionProvider") as gpu:
+        with pytest.raises(EngineError, match="took CPUExecutionProvider in place of what was asked for"):
+            open_session(exported("1x1x4").bundle, runtime="cuda")
+        assert gpu.device == {}
+        assert gpu.handles == set()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_bf16_tokenizer_is_refused(exported: Exporter) -> None:
+    bundle = exported("1x1x4", "fp16", tokenizer=True, one_graph=True).bundle
+    half = replace(bundle.manifest, spec=replace(bundle.manifest.spec, dtype="bf16"))
+    with pytest.raises(EngineError, match=r"no Pad for .*: export it with --dtype fp16"):
+        open_session(replace(bundle, manifest=half), runtime="cuda")
+
+
+def test_without_onnx_runtime_the_pip_command_is_told(exported: Exporter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(ort, "import_module", missing)
+    for runtime, extra in (("onnx", "cpu"), ("cuda", "gpu")):
+        with pytest.raises(EngineError, match=rf"pip install 'nbp-export\[{extra}\]'"):
+            open_session(exported("1x1x4").bundle, runtime=runtime)
