@@ -111,6 +111,8 @@ class ReferenceSession(_TorchSession):
     ) -> None:
         super().__init__(spec, generator, tokenizer, device)
         self.k_caches, self.v_caches = self.generator.empty_caches(spec.batch)
+        if compiled:
+            torch.compiler.reset()  # what was compiled for other shapes counts against a limit
         self._compiled = torch.compile(self.generator.block_step, dynamic=False) if compiled else None
 
     def prefill(self, tokens: np.ndarray) -> Any:

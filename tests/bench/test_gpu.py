@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 
 from nbp_bench import device, gpu, machine
 from nbp_bench.engines import GraphsSession, OnDevice, ReferenceSession
-from nbp_engines import sampling
+from nbp_engines import sampling, session
 from nbp_engines.errors import EngineError
 from nbp_engines.sampling import Sampling
+from nbp_export import sources
 from nbp_export.graphs import system_spec
 from nbp_export.parity import compare
 from nbp_reference.model import NextBlockTransformer
@@ -196,24 +197,24 @@ def test_spans_and_bandwidth_on_the_hosts_clock() -> None:
 def test_logits_off_the_host_are_drawn_by_torch_as_numpy_draws() -> None:
     model = small_generator("1x1x4")
     spec = system_spec(model.config, None, "bf16", 1)
-    with ReferenceSession(spec, model, None) as session:
-        logits = session.prefill(np.zeros((1, spec.condition_tokens), np.int64))
+    with ReferenceSession(spec, model, None) as reference:
+        logits = reference.prefill(np.zeros((1, spec.condition_tokens), np.int64))
         assert isinstance(logits, OnDevice)
         assert logits.shape == (1, 4, 50)
         noise = np.random.default_rng(0).random((1, 4))
-        drawn = session.sample(logits, noise, Sampling(top_k=20))
+        drawn = reference.sample(logits, noise, Sampling(top_k=20))
     np.testing.assert_array_equal(drawn, sampling.sample(np.asarray(logits), noise, Sampling(top_k=20)))
 
 
 def test_caches_come_and_go_by_name() -> None:
     model = small_generator("1x1x4")
-    session = ReferenceSession(system_spec(model.config, None, "bf16", 1), model, None)
-    given = {t.name: np.full(t.shape, i / 8, np.float32) for i, t in enumerate(session.spec.caches())}
-    session.write_caches(given)
-    found = session.read_caches()
+    reference = ReferenceSession(system_spec(model.config, None, "bf16", 1), model, None)
+    given = {t.name: np.full(t.shape, i / 8, np.float32) for i, t in enumerate(reference.spec.caches())}
+    reference.write_caches(given)
+    found = reference.read_caches()
     assert found.keys() == given.keys()
     assert all((found[name] == given[name]).all() for name in given)
-    assert (session.v_caches[1] == 3 / 8).all()
+    assert (reference.v_caches[1] == 3 / 8).all()
 
 
 def test_cuda_graphs_take_cuda() -> None:
@@ -223,15 +224,33 @@ def test_cuda_graphs_take_cuda() -> None:
 
 
 @pytest.mark.slow
+def test_an_exported_engine_is_measured_from_a_bundle_of_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = session.open_session
+    monkeypatch.setattr(session, "open_session", lambda path, **_: opened(path, runtime="onnx"))
+    monkeypatch.setattr(gpu, "_refuse", lambda _: None)
+    asked = case("cuda", tmp_path)
+    first, second = gpu._measure(asked, None), gpu._measure(asked, None)  # the second finds the bundle
+    for result in (first, second):
+        assert result.record, result.trace
+        assert result.record.engine == "cuda"
+        assert 0 < (result.record.parity_error or 0) < 5e-5
+    other = sources.find(sources.Request("nbp-tiny", weights="random")), "0" * 64
+    monkeypatch.setattr(gpu, "_master", lambda _: other)
+    assert "other weights" in gpu._measure(asked, None).why
+
+
+@pytest.mark.slow
 def test_the_compiled_step_is_the_same() -> None:
     def steps(compiled: bool, model: NextBlockTransformer) -> list[np.ndarray]:
         spec = system_spec(model.config, None, "fp32", 2)
-        session = ReferenceSession(spec, model, None, compiled=compiled)
+        engine = ReferenceSession(spec, model, None, compiled=compiled)
         tokens = np.random.default_rng(0).integers(0, spec.vocab, (2, spec.clip_tokens))
         P, L = spec.condition_tokens, spec.block_size
-        outputs = [session.prefill(tokens[:, :P])]
-        outputs += [session.step(tokens[:, at : at + L], np.array([at, at])) for at in (P, P + L)]
-        return [*outputs, *session.read_caches().values()]
+        outputs = [engine.prefill(tokens[:, :P])]
+        outputs += [engine.step(tokens[:, at : at + L], np.array([at, at])) for at in (P, P + L)]
+        return [*outputs, *engine.read_caches().values()]
 
     model = small_generator("1x1x4")
     for ours, due in zip(steps(True, model), steps(False, model), strict=True):
