@@ -24,8 +24,15 @@ ROOT = Path(__file__).parents[2]
 USERS = ("nbp_export/trt.py", "nbp_export/trt_library.py", "engines/nbp_engines/trt.py")
 # What the library's module is called there.
 LIBRARY = re.compile(r"(.*[._])?trt|tensorrt(_rtx)?|library(\.load)?\(\)")
-# What our code uses of TensorRT-RTX alone, which builds for a GPU that need not be there; classes with all they have.
-RTX_ONLY = frozenset({"ComputeCapability", "num_compute_capabilities", "set_compute_capability"})
+# What our code uses of TensorRT-RTX alone, which builds for a GPU that need not be there and compiles kernels where the
+# engine is loaded; classes with all they have.
+RTX_ONLY = frozenset(
+    {
+        *("ComputeCapability", "num_compute_capabilities", "set_compute_capability"),
+        *("DynamicShapesKernelSpecializationStrategy", "dynamic_shapes_kernel_specialization_strategy"),
+        *("CudaGraphStrategy", "cuda_graph_strategy", "is_stream_capturable"),
+    }
+)
 
 
 @pytest.fixture(scope="module")
