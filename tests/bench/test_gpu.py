@@ -12,7 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from nbp_bench import device, gpu, machine
+from nbp_bench import case, device, gpu, machine
+from nbp_bench.case import Case
+from nbp_bench.case import Result as Outcome
 from nbp_bench.engines import GraphsSession, OnDevice, ReferenceSession
 from nbp_engines import sampling, session
 from nbp_engines.errors import EngineError
@@ -32,8 +34,8 @@ def rehearse(out: Path, *options: str) -> Result:
     return CliRunner().invoke(gpu.main, [*REHEARSAL, "--out", str(out), *options])
 
 
-def case(engine: str, out: Path) -> gpu.Case:
-    return gpu.Case(engine, "fp32", "256", "nbp-tiny", "cpu", out, quick=True, began="now", command="")
+def asked(engine: str, out: Path) -> Case:
+    return Case(engine, "fp32", "256", "nbp-tiny", "cpu", out, quick=True, began="now", command="")
 
 
 def wheel(folder: Path) -> Path:
@@ -101,7 +103,7 @@ def test_what_cannot_be_measured_is_an_error(options: list[str], why: str, tmp_p
 
 def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
     with gpu._Bench(tmp_path, time.monotonic() + gpu.LEAST_SECONDS - 1, 99) as bench:
-        bench.run(case("reference", tmp_path))
+        bench.run(asked("reference", tmp_path))
     assert bench.missing == ["256 fp32 reference: not measured: the time was up"]
 
 
@@ -111,8 +113,8 @@ def test_torch_is_enough(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 sys.modules.update(dict.fromkeys({absent}))
-from nbp_bench import gpu
-result = gpu._measure(gpu.Case(*{tuple(case("reference", tmp_path))[:5]}, Path(), True, "now", ""), None)
+from nbp_bench import case
+result = case.measure(case.Case(*{tuple(asked("reference", tmp_path))[:5]}, Path(), True, "now", ""), None)
 assert result.record, result
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -120,17 +122,17 @@ assert result.record, result
     assert done.returncode == 0, done.stderr
 
 
-def die(case: gpu.Case, reference: np.ndarray | None) -> gpu.Result:  # noqa: ARG001
+def die(case: Case, reference: np.ndarray | None) -> Outcome:  # noqa: ARG001
     os._exit(3)
 
 
-def hang(case: gpu.Case, reference: np.ndarray | None) -> gpu.Result:  # noqa: ARG001
+def hang(case: Case, reference: np.ndarray | None) -> Outcome:  # noqa: ARG001
     time.sleep(600)
-    return gpu.Result()
+    return Outcome()
 
 
-def refuse(case: gpu.Case, reference: np.ndarray | None) -> gpu.Result:  # noqa: ARG001
-    return gpu.Result(why=f"process {os.getpid()}")
+def refuse(case: Case, reference: np.ndarray | None) -> Outcome:  # noqa: ARG001
+    return Outcome(why=f"process {os.getpid()}")
 
 
 def test_after_a_death_a_hang_or_a_failure_the_next_case_has_a_process_of_its_own(
@@ -140,8 +142,8 @@ def test_after_a_death_a_hang_or_a_failure_the_next_case_has_a_process_of_its_ow
         for what in (refuse, refuse, die, refuse, hang, refuse):
             if what is hang:
                 bench._longest = 2
-            monkeypatch.setattr(gpu, "_measure", what)
-            bench.run(case("reference", tmp_path))
+            monkeypatch.setattr(gpu, "measure", what)
+            bench.run(asked("reference", tmp_path))
             bench._longest = 20
     first, second, died, third, hung, fourth = (line.rpartition(": ")[2] for line in bench.missing)
     assert first == second
@@ -154,13 +156,13 @@ def test_a_failure_comes_back_with_its_traceback(tmp_path: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise RuntimeError("illegal memory access")
 
-    monkeypatch.setattr(gpu, "_bandwidths", fail)
-    result = gpu._measure(case("reference", tmp_path), None)
+    monkeypatch.setattr(case, "_bandwidths", fail)
+    result = case.measure(asked("reference", tmp_path), None)
     assert result.why == "RuntimeError: illegal memory access"
     assert "in fail" in result.trace
     with gpu._Bench(tmp_path, time.monotonic() + 600, 60) as bench:
         monkeypatch.setattr(bench, "_call", lambda *_, **__: result)
-        bench.run(case("reference", tmp_path))
+        bench.run(asked("reference", tmp_path))
     assert "in fail" in (tmp_path / "log.txt").read_text()
     assert "RuntimeError: illegal memory access" in (tmp_path / "summary.md").read_text()
 
@@ -170,7 +172,7 @@ def test_an_engine_that_is_not_the_model_is_told(tmp_path: Path, monkeypatch: py
         return sampling.sample(np.asarray(logits), uniforms, settings) ^ 1
 
     monkeypatch.setattr(ReferenceSession, "sample", sabotage)
-    result = gpu._measure(case("reference", tmp_path), None)
+    result = case.measure(asked("reference", tmp_path), None)
     assert result.record
     assert result.record.parity_error
     assert result.record.parity_allowed == 0
@@ -229,16 +231,16 @@ def test_an_exported_engine_is_measured_from_a_bundle_of_the_same_weights(
 ) -> None:
     opened = session.open_session
     monkeypatch.setattr(session, "open_session", lambda path, **_: opened(path, runtime="onnx"))
-    monkeypatch.setattr(gpu, "_refuse", lambda _: None)
-    asked = case("cuda", tmp_path)
-    first, second = gpu._measure(asked, None), gpu._measure(asked, None)  # the second finds the bundle
+    monkeypatch.setattr(case, "_refuse", lambda _: None)
+    ours = asked("cuda", tmp_path)
+    first, second = case.measure(ours, None), case.measure(ours, None)  # the second finds the bundle
     for result in (first, second):
         assert result.record, result.trace
         assert result.record.engine == "cuda"
         assert 0 < (result.record.parity_error or 0) < 5e-5
     other = sources.find(sources.Request("nbp-tiny", weights="random")), "0" * 64
-    monkeypatch.setattr(gpu, "_master", lambda _: other)
-    assert "other weights" in gpu._measure(asked, None).why
+    monkeypatch.setattr(case, "_master", lambda _: other)
+    assert "other weights" in case.measure(ours, None).why
 
 
 @pytest.mark.slow
