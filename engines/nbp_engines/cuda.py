@@ -207,7 +207,9 @@ class Graph:
         try:
             enqueue()
         except EngineError:
-            rt.cudaStreamEndCapture(device.stream)  # else the stream would stay unusable
+            status, part = rt.cudaStreamEndCapture(device.stream)  # else the stream would stay unusable
+            if not status.value:
+                call(rt.cudaGraphDestroy, part)
             raise
         captured = call(rt.cudaStreamEndCapture, device.stream)
         self._executable = call(rt.cudaGraphInstantiate, captured, 0)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,12 @@ class Gpu:
     draw: Callable[[np.ndarray, np.ndarray, Sampling, str], np.ndarray] = drawn_by_numpy
     device: dict[int, np.ndarray] = field(default_factory=dict)
     pinned: dict[int, np.ndarray] = field(default_factory=dict)
-    handles: set[int] = field(default_factory=set)
+    handles: dict[int, Any] = field(default_factory=dict)
     queue: list[Work] = field(default_factory=list)
     capturing: list[Work] | None = None
     log: list[str] = field(default_factory=list)
     moved: Counter[str] = field(default_factory=Counter)  # bytes, each way
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = field(default_factory=list)  # the real functions'
 
     def enqueue(self, name: str, work: Work) -> None:
         self.log.append(name)
@@ -77,9 +79,9 @@ class Gpu:
     def holds(self, address: int, memory: dict[int, np.ndarray]) -> bool:
         return any(start <= address < start + array.nbytes for start, array in memory.items())
 
-    def handle(self) -> int:
+    def handle(self, behind: Any = None) -> int:
         made = 1 + max(self.handles, default=0)
-        self.handles.add(made)
+        self.handles[made] = behind
         return made
 
 
@@ -95,6 +97,18 @@ class Module:
         found = getattr(self.real, name)
         assert isinstance(found, type | int), f"{name} is not emulated"
         return found
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if not name.startswith(("cuda", "cu", "nvrtc")) or not callable(found):
+            return found
+
+        @wraps(found)
+        def recorded(*arguments: Any) -> Any:
+            self.gpu.calls.append((getattr(self.real, name), arguments))
+            return found(*arguments)
+
+        return recorded
 
 
 class Runtime(Module):
@@ -175,7 +189,7 @@ class Runtime(Module):
         return OK, runtime.cudaStream_t(self.gpu.handle())
 
     def cudaStreamDestroy(self, stream: Any) -> tuple[Any]:
-        self.gpu.handles.remove(int(stream))
+        del self.gpu.handles[int(stream)]
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: Any) -> tuple[Any]:
@@ -194,25 +208,23 @@ class Runtime(Module):
     def cudaStreamEndCapture(self, stream: Any) -> tuple[Any, Any]:
         assert int(stream) in self.gpu.handles
         made, self.gpu.capturing = self.gpu.capturing, None
-        return OK, made
+        return OK, runtime.cudaGraph_t(self.gpu.handle(made))
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, Any]:
         assert flags == 0
-        made = [*graph]
-        self.gpu.handles.add(id(made))
-        return OK, made
+        return OK, runtime.cudaGraphExec_t(self.gpu.handle([*self.gpu.handles[int(graph)]]))
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[Any]:
-        graph.clear()
+        del self.gpu.handles[int(graph)]
         return (OK,)
 
     def cudaGraphExecDestroy(self, graphExec: Any) -> tuple[Any]:
-        self.gpu.handles.remove(id(graphExec))
+        del self.gpu.handles[int(graphExec)]
         return (OK,)
 
     def cudaGraphLaunch(self, graphExec: Any, stream: Any) -> tuple[Any]:
         assert int(stream) in self.gpu.handles
-        for work in graphExec:
+        for work in self.gpu.handles[int(graphExec)]:
             self.gpu.enqueue("replay", work)
         return (OK,)
 
@@ -222,19 +234,20 @@ class Driver(Module):
 
     def cuModuleLoadData(self, image: int) -> tuple[Any, int]:
         assert ctypes.string_at(image, 8) == b"emulated"
-        return driver.CUresult.CUDA_SUCCESS, self.gpu.handle()
+        return driver.CUresult.CUDA_SUCCESS, driver.CUmodule(self.gpu.handle({}))
 
-    def cuModuleUnload(self, hmod: int) -> tuple[Any]:
-        self.gpu.handles.remove(hmod)
+    def cuModuleUnload(self, hmod: Any) -> tuple[Any]:
+        del self.gpu.handles[int(hmod)]
         return (driver.CUresult.CUDA_SUCCESS,)
 
-    def cuModuleGetFunction(self, hmod: int, name: bytes) -> tuple[Any, str]:
-        assert hmod in self.gpu.handles
-        return driver.CUresult.CUDA_SUCCESS, name.decode()
+    def cuModuleGetFunction(self, hmod: Any, name: bytes) -> tuple[Any, Any]:
+        functions = self.gpu.handles[int(hmod)]
+        functions[len(functions) + 1] = self.kernel = name.decode()
+        return driver.CUresult.CUDA_SUCCESS, driver.CUfunction(len(functions))
 
     def cuLaunchKernel(
         self,
-        f: str,
+        f: Any,
         gridDimX: int,
         gridDimY: int,
         gridDimZ: int,
@@ -252,7 +265,8 @@ class Driver(Module):
         logits, noise, vocab, temperature, top_k, top_p, tokens = (
             kind(value).value for value, kind in zip(*kernelParams, strict=True)
         )
-        dtype = f.removeprefix("sample_")
+        assert int(f) == 1
+        dtype = self.kernel.removeprefix("sample_")
 
         def run() -> None:
             held = at(logits, (gridDimX, vocab), cuda.HOST[dtype])
@@ -262,7 +276,7 @@ class Driver(Module):
                 values, at(noise, (gridDimX,), np.float64), settings, dtype
             )
 
-        self.gpu.enqueue(f, run)
+        self.gpu.enqueue(self.kernel, run)
         return (driver.CUresult.CUDA_SUCCESS,)
 
 

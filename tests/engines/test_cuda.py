@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,29 @@ def test_the_comparison_would_see_a_difference() -> None:
     assert (
         parameters(Runtime.cudaMalloc, "cudaMalloc") == parameters(Runtime.real.cudaMalloc, "cudaMalloc") == {("size",)}
     )
+
+
+def given_to_cuda() -> list[tuple[Any, tuple[Any, ...]]]:
+    """Every function that is called, with the arguments of its first call; NVRTC's are called for real elsewhere."""
+    with emulated(Gpu()) as gpu:
+        device = Device.open()
+        sampler, logits = Sampler(device, SPEC), device.allocate((1, 4, SPEC.vocab), "fp32")
+        Graph(device, Mirror(device, [2], "fp32").enqueue_write).launch()
+        sampler.sample(logits, np.full((1, 4), 0.5), Sampling())
+        logits.read()
+        device.free()
+        device.close()
+        first = {function.__name__: (function, given) for function, given in reversed(gpu.calls)}
+    return [first[name] for name in sorted(first) if not name.startswith("nvrtc")]
+
+
+@no_gpu
+@pytest.mark.parametrize(("function", "given"), given_to_cuda(), ids=lambda part: getattr(part, "__name__", ""))
+def test_the_real_functions_take_what_they_are_given(function: Any, given: tuple[Any, ...]) -> None:
+    """Arguments are converted before the missing driver is met: a wrong type would be a TypeError."""
+    with suppress(RuntimeError):  # of the loader that finds no driver
+        status, *_ = function(*given)
+        assert status.name in ("cudaErrorInsufficientDriver", "cudaSuccess", "cudaErrorInvalidValue")
 
 
 # What we ask of it.
