@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorrt_rtx
 from click.testing import CliRunner
 
 from nbp_engines import cuda, ort, trt
@@ -301,6 +302,16 @@ def test_an_engine_that_does_not_load(engines: Callable[..., Exported], gpu: Gpu
     with pytest.raises(EngineError, match=words):
         open_session(bundle, graphs=["step"])
     assert not gpu.device
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_the_real_library_says_of_nonsense(tmp_path: Path) -> None:
+    """For real, but for the device's memory."""
+    (tmp_path / "generator.engine").write_bytes(b"nonsense" * 9)
+    device = cuda.Device.open()
+    with pytest.raises(EngineError, match=r"does not load .*generator\.engine on Emulated: .*magicTag.*72 bytes"):
+        trt._load(tensorrt_rtx, tmp_path / "generator.engine", device, [])
+    device.close()
 
 
 DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
