@@ -32,7 +32,8 @@ def _commands() -> Iterator[list[str]]:
 def test_the_commands_and_code_of_a_tour_run_in_this_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exports, videos, inspection, proof; comparisons have tests of their own."""
+    """Exports, engines, videos, inspection, proof; comparisons have tests of their own."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'nbp-export[trt-rtx]'")
     monkeypatch.chdir(tmp_path)
     shutil.copy(clips.find(clips.DEFAULT_CLIP), "my.mp4")
     commands = [shlex.split(line.removeprefix("$ ")) for block in _blocks("console") for line in block.splitlines()]
@@ -42,8 +43,9 @@ def test_the_commands_and_code_of_a_tour_run_in_this_order(
         result = CliRunner().invoke(COMMANDS[words[0]], words[1:])
         assert result.exit_code == 0, (words, result.output)
         said[words[1]] = result.output
-    assert {words[1] for words in tour} == {"onnx", "generate", "inspect", "verify"}
+    assert {words[1] for words in tour} == {"onnx", "trt", "generate", "inspect", "verify"}
     assert "receipt valid" in said["inspect"]
+    assert "not verified: the engines themselves" in said["trt"]
     assert "checks against the reference passed" in said["verify"]
     assert {"clip.mp4", "clips.gif", "pedestrians.mp4"} <= {path.name for path in tmp_path.iterdir()}
     for block in _blocks("python"):
@@ -60,8 +62,8 @@ def test_every_option_that_the_readme_uses_exists(words: list[str]) -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = {words[1] for words in _commands() if words[0] == "make"} | set(re.findall(r"`make ([a-z-]+)`", README))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = {words[1] for words in _commands() if words[0] == "make"} | set(re.findall(r"`make ([a-z0-9-]+)`", README))
     assert {"bench", "test"} <= used <= targets
 
 
