@@ -174,10 +174,10 @@ class OrtCudaSession(OrtSession):
     """A bundle in ONNX Runtime's CUDA provider, logits and caches staying on the GPU. Never executed on one by us.
 
     What the provider of 1.31.1 does with our graphs was seen with a CUDA that computes nothing. It takes every node of
-    prefill and step (TensorScatter, Attention-24, LayerNormalization, Gelu, MatMul), bf16 too, and captures them: a step
-    copies no cache, and nothing in it waits. encode and decode run in fp32 and fp16, their group norms taken apart; Pad
-    has no bf16 kernel. Where a node would need the CPU, and so a Memcpy, `enable_cuda_graph` makes ONNX Runtime refuse
-    the graph instead of falling back.
+    prefill and step (TensorScatter, Attention-24, LayerNormalization, Gelu, MatMul), bf16 too, and captures them: a
+    step copies no cache, and nothing in it waits. encode and decode run in fp32 and fp16, their group norms taken
+    apart; Pad has no bf16 kernel. Where a node would need the CPU, and so a Memcpy, `enable_cuda_graph` makes ONNX
+    Runtime refuse the graph instead of falling back.
     """
 
     place = "cuda"
