@@ -61,8 +61,7 @@ def test_without_nvrtc_the_pip_command_is_told(tmp_path: Path) -> None:
         found = importlib.util.find_spec(name)
         assert found is not None
         assert found.submodule_search_locations
-        for place in found.submodule_search_locations:
-            (tmp_path / name).symlink_to(place)
+        (tmp_path / name).symlink_to(next(iter(found.submodule_search_locations)))
     for extra in Path(np.__file__).parents[1].glob("numpy.libs"):
         (tmp_path / extra.name).symlink_to(extra)
     engines = Path(cuda.__file__).parents[1]
