@@ -126,6 +126,7 @@ def configure(config: Any, library: Library, options: Options) -> None:
     """Set a builder config to settled options."""
     trt = library.load()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: fp32 would be multiplied with 10 bits
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if library.builds_for_absent_gpus:

@@ -103,7 +103,7 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
 
 
 @main.command()
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="What `nbp-export onnx` made.")
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="What nbp-export made.")
 @click.option("--video", type=click.Path(path_type=Path), help="Predict from this video.")
 @click.option("--start", type=click.FloatRange(0, 1e6), callback=_number, default=0.0, help="Seconds into the video.")
 @click.option("--class", "class_name", help="Make a clip of this class, such as ApplyEyeMakeup.")
@@ -119,6 +119,11 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--top-k", type=click.IntRange(1), help="[default: the bundle's]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_number, help="[default: the bundle's]")
 @click.option("--threads", type=click.IntRange(1), help="Threads inside an operator.  [default: the runtime's own]")
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnx", "cuda", "tensorrt"]),
+    help="ONNX Runtime on the CPU, its CUDA provider, or the bundle's engines.  [default: what it was made for]",
+)
 def generate(temperature: float | None, top_k: int | None, top_p: float | None, **order: Any) -> None:
     """Write a video of what a bundle predicts from yours, or makes of a class; the given frames framed in blue.
 

@@ -45,6 +45,7 @@ class Order:
         scale: pixels that each becomes, squared; None to reach a fair size.
         sampling: what differs from the bundle's defaults, by name.
         threads: inside an operator; None for the runtime's own choice.
+        runtime: onnx, cuda or tensorrt; None for the one that the bundle was made for.
     """
 
     bundle: Path
@@ -61,6 +62,7 @@ class Order:
     scale: int | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     threads: int | None = None
+    runtime: str | None = None
 
 
 class _Condition(NamedTuple):
@@ -129,7 +131,7 @@ def _make(console: "Console", order: Order, bundle: Bundle, condition: _Conditio
     batches = -(-(order.grid or 1) // spec.batch)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        open_session(bundle, order.threads) as session,
+        open_session(bundle, order.threads, runtime=order.runtime) as session,
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("blocks", total=batches * spec.blocks)

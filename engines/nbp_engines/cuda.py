@@ -72,7 +72,9 @@ class Device:
         served = call(rt.cudaDriverGetVersion)
         driver = f"{served // 1000}.{served % 1000 // 10}"
         if not served:
-            raise EngineError("there is no NVIDIA driver here: a GPU and its driver are needed to run engines")
+            raise EngineError(
+                "there is no NVIDIA driver here: engines run on a GPU; the runtime onnx runs the same graphs on a CPU"
+            )
         if served < CUDA * 1000:
             raise EngineError(
                 f"the NVIDIA driver serves CUDA {driver}, {CUDA}.0 is needed: install driver 580 or later"

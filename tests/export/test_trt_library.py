@@ -121,5 +121,6 @@ def test_tensorrt_rtxs_options_reach_its_config() -> None:
     configure(config, RTX, Options("rtx", "sm89", workspace=2**28))
     assert config.num_compute_capabilities == 1
     assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
+    assert not config.get_flag(trt.BuilderFlag.TF32)
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 2**28
     del builder
