@@ -23,7 +23,7 @@ from nbp_export import lint, trt
 from nbp_export.graphs import graph_module, system_spec, trace
 from nbp_export.proof import NOT_IN_BF16, Report, prove, versions
 from nbp_export.sources import Source
-from nbp_export.trt_library import Options
+from nbp_export.trt_library import LIBRARIES, Options
 from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
 
 GENERATOR = "generator.onnx"  # prefill and steps in one
@@ -171,6 +171,12 @@ def _manifest(
     if source.tokenizer:
         config["tokenizer"] = source.tokenizer.config.to_json()
     text = source.generator.config.text
+    provenance = {"note": source.note}
+    if spec.dtype == "bf16":
+        provenance["executed"] = NOT_IN_BF16
+    if engines:
+        library = next(known for known in LIBRARIES.values() if known.module == engines[0].library)
+        provenance["engines"] = f"{library.title}: {library.tried}"
     return Manifest(
         schema=SCHEMA,
         runtime="tensorrt" if engines else "onnx",
@@ -182,5 +188,5 @@ def _manifest(
         sampling=Sampling(),
         words=text.words if text else (),
         versions=versions(),
-        provenance={"note": source.note} | ({"executed": NOT_IN_BF16} if spec.dtype == "bf16" else {}),
+        provenance=provenance,
     )

@@ -57,6 +57,7 @@ def test_an_engine_with_two_profiles(block: str, dtype: str, tmp_path: Path) -> 
     assert build.layers["KV_CACHE_UPDATE"] == 4
     assert build.layers["ATTENTION_INPUT"] == build.layers["ATTENTION_OUTPUT"] == 2
     assert (bundle.path / engine.file).stat().st_size > 200_000
+    assert "engines never by us" in bundle.manifest.provenance["engines"]
     left = {f"generator{end}" for end in (".engine", ".layers.json", ".log")} | {trt.BUILDS}
     assert left <= {file.path for file in bundle.manifest.files}
     proven = {(c["graph"], c["at"]) for c in (bundle.receipt() or {})["checks"]}
