@@ -54,6 +54,9 @@ class WeightPool:
         self._path = path
         self._file = path.open("wb")
         self._written: dict[bytes, int] = {}
+        # By memory, so that what one graph has written is neither transposed nor hashed for the next and the index; the
+        # array is kept, or its memory might become another's.
+        self._seen: dict[tuple[object, ...], tuple[np.ndarray, int]] = {}
 
     def take(self, model: "ir.Model") -> None:
         """Move the graph's large initializers into the file, leaving references to it."""
@@ -63,12 +66,10 @@ class WeightPool:
             tensor = value.const_value
             if tensor is None or tensor.nbytes <= INLINE:
                 continue
-            data = _bytes(tensor.numpy())
-            offset = self._offset(data, append=True)
             value.const_value = ir.ExternalTensor(
                 self._path.name,
-                offset,
-                len(data),
+                self._offset(tensor.numpy(), append=True),
+                tensor.nbytes,
                 tensor.dtype,
                 shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
@@ -88,21 +89,26 @@ class WeightPool:
         # Most matrices are a Linear's, which the exporter transposes.
         forms = [(value.T, True), (value, False)] if value.ndim == 2 else [(value, False)]
         for stored, transposed in forms:
-            data = _bytes(stored.view(BITS[dtype]).numpy())
-            offset = self._offset(data, append=len(data) <= INLINE)
+            offset = self._offset(stored.view(BITS[dtype]).numpy(), append=stored.nbytes <= INLINE)
             if offset is not None:
                 place = {"file": self._path.name, "offset": offset, "shape": list(stored.shape)}
                 return place | {"dtype": dtype, "transposed": transposed}
         raise NbpError(f"{name} {list(value.shape)} is in no exported graph: the exporter changed it")
 
-    def _offset(self, data: memoryview, append: bool) -> int | None:
-        """Where these bytes are in the file; appended if they are new and may be, else None."""
-        digest = hashlib.sha256(data).digest()
-        if append and digest not in self._written:
-            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-            self._written[digest] = self._file.tell()
-            self._file.write(data)
-        return self._written.get(digest)
+    def _offset(self, array: np.ndarray, append: bool) -> int | None:
+        """Where an array's bytes are in the file; appended if they are new and may be, else None."""
+        memory = array.ctypes.data, array.itemsize, array.shape, array.strides
+        if memory not in self._seen:
+            data = _bytes(array)
+            digest = hashlib.sha256(data).digest()
+            if append and digest not in self._written:
+                self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+                self._written[digest] = self._file.tell()
+                self._file.write(data)
+            if digest not in self._written:
+                return None
+            self._seen[memory] = array, self._written[digest]
+        return self._seen[memory][1]
 
     def __enter__(self) -> Self:
         """The pool itself."""
@@ -111,8 +117,9 @@ class WeightPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the file."""
+        """Close the file, and let go of the arrays."""
         self._file.close()
+        self._seen.clear()
 
 
 def weights_sha256(*models: nn.Module | None) -> str:
