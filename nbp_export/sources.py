@@ -1,5 +1,7 @@
 """Finds the model that a command line asks for: a checkpoint, a size with random weights, or the bundled nbp-tiny."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +13,7 @@ from nbp_export.hub import fetch
 from nbp_reference import checkpoint
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.errors import CheckpointError
-from nbp_reference.model import NextBlockTransformer
+from nbp_reference.model import NextBlockTransformer, draw
 from nbp_reference.tokenizer import VideoTokenizer
 
 TINY = ("nbp-tiny", "nbp-tiny-hybrid")  # the models that come with their weights
@@ -113,10 +115,13 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
 
 
 def random_generator(config: ModelConfig) -> NextBlockTransformer:
-    """A generator with seeded random weights, allocated once."""
+    """A generator with random weights, allocated once; each parameter has its own seed, so that all cores can draw."""
     with torch.device("meta"):
         generator = NextBlockTransformer(config)
-    generator.to_empty(device="cpu").reset(seed=0)
+    names, parameters = zip(*generator.to_empty(device="cpu").named_parameters(), strict=True)
+    seeded = (torch.Generator().manual_seed(i) for i in range(len(names)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(draw, names, parameters, seeded))
     return generator.eval()
 
 

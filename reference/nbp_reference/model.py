@@ -106,13 +106,10 @@ class NextBlockTransformer(nn.Module):
         self.head = nn.Linear(config.width, config.vocab, bias=False)
 
     def reset(self, seed: int) -> None:
-        """Random weights, normal with deviation 0.02 as GPT-2 has them; zero biases, unit norms."""
+        """Random weights, all from one seed."""
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.ndim > 1:
-                nn.init.normal_(p, std=0.02, generator=rng)
-            else:
-                nn.init.constant_(p, float(name.endswith("weight")))
+            draw(name, p, rng)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B,T,V] of a whole sequence, as `training_pair` makes it, under the block mask."""
@@ -166,6 +163,14 @@ class NextBlockTransformer(nn.Module):
         shape = (batch, self.config.heads, self.config.capacity, self.config.head_dim)
         k, v = ([self.pos_emb.new_zeros(shape) for _ in self.blocks] for _ in "kv")
         return k, v
+
+
+def draw(name: str, parameter: nn.Parameter, rng: torch.Generator) -> None:
+    """Fill a generator's parameter: normal with deviation 0.02 as GPT-2 has them; zero biases, unit norms."""
+    if parameter.ndim > 1:
+        nn.init.normal_(parameter, std=0.02, generator=rng)
+    else:
+        nn.init.constant_(parameter, float(name.endswith("weight")))
 
 
 def training_pair(tokens_BT: Tensor, config: ModelConfig, text_BP: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -143,6 +143,8 @@ def test_random_weights_are_the_same_every_time_and_say_so() -> None:
     assert "quality is not measured" in first.note
     assert str(first.generator.config.block) == "1x2x16"
     torch.testing.assert_close(first.generator.state_dict(), second.generator.state_dict(), rtol=0, atol=0)
+    drawn = [p.flatten()[0].item() for p in first.generator.parameters() if p.ndim > 1]
+    assert len({*drawn}) == len(drawn)
     assert first.tokenizer is not None
     assert second.tokenizer is not None
     torch.testing.assert_close(first.tokenizer.state_dict(), second.tokenizer.state_dict(), rtol=0, atol=0)
