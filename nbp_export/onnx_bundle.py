@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -177,13 +178,15 @@ def _manifest(
     if engines:
         library = next(known for known in LIBRARIES.values() if known.module == engines[0].library)
         provenance["engines"] = f"{library.title}: {library.tried}"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = tuple(pool.map(File.of, sorted(folder.iterdir())))
     return Manifest(
         schema=SCHEMA,
         runtime="tensorrt" if engines else "onnx",
         spec=spec,
         graphs=graphs,
         engines=engines,
-        files=tuple(File.of(path) for path in sorted(folder.iterdir())),
+        files=files,
         model={"name": source.name, "config": config, "weights_sha256": digest, "trained": source.trained},
         sampling=Sampling(),
         words=text.words if text else (),

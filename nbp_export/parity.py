@@ -207,7 +207,8 @@ def check_step(
         value = torch.empty(tensor.shape, device=device).uniform_(-GARBAGE / 2, GARBAGE / 2, generator=rng)
         value += value.sign() * GARBAGE / 2
         for row, valid in enumerate(starts):
-            value[row, :, :valid].normal_(generator=rng)
+            shown = value[row, :, :valid]
+            shown[:] = torch.randn(shown.shape, generator=rng, device=device)  # several times as fast as in place
         before[tensor.name] = value.to(TORCH_DTYPES[spec.dtype]).float()
         session.write_caches({tensor.name: before[tensor.name].numpy(force=True)})
     names = list(before)
