@@ -289,10 +289,16 @@ def compiled(source: bytes, arch: str) -> bytes:
         ) from error
     status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if status.value:
-        log = b" " * call(nvrtc.nvrtcGetProgramLogSize, program)
-        call(nvrtc.nvrtcGetProgramLog, program, log)
-        raise EngineError(f"NVRTC does not compile sample.cu for {arch}: {status.name}: {log.decode().strip()}")
-    code: bytes = b" " * call(nvrtc.nvrtcGetCUBINSize, program)  # the library writes into it
-    call(nvrtc.nvrtcGetCUBIN, program, code)
+        log = _written(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().strip("\0\n")
+        raise EngineError(f"NVRTC does not compile sample.cu for {arch}: {status.name}: {log}")
+    code = _written(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     call(nvrtc.nvrtcDestroyProgram, program)
     return code
+
+
+def _written(size_of: Callable[..., Any], write: Callable[..., Any], program: object) -> bytes:
+    """What NVRTC writes over bytes of ours. It takes at least two: Python shares a single one with all who have it."""
+    size = call(size_of, program)
+    room = bytes(size + 1)
+    call(write, program, room)
+    return room[:size]

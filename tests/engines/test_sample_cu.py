@@ -230,19 +230,3 @@ def test_a_fault_between_threads_is_noticed(fault: str, tmp_path: Path) -> None:
     broken.write_text(text.replace(right, wrong))
     with pytest.raises(AssertionError, match="barrier at line" if fault != "data race" else "data race"):
         by_kernel(np.ones((2, 50), np.float32), np.zeros(2), Sampling(1.0, 9, 0.9), "fp32", 8, RACES, broken)
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
-def test_nvrtc_compiles_it(arch: str) -> None:
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    try:
-        _, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"sample.cu", 0, [], [])
-    except RuntimeError as error:  # the bindings without NVIDIA's library
-        pytest.skip(str(error))
-    (result,) = nvrtc.nvrtcCompileProgram(program, 1, [f"--gpu-architecture={arch}".encode()])
-    log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
-    nvrtc.nvrtcGetProgramLog(program, log)
-    assert (result, log.strip(b" \0")) == (nvrtc.nvrtcResult.NVRTC_SUCCESS, b"")
-    binary = b" " * nvrtc.nvrtcGetCUBINSize(program)[1]
-    nvrtc.nvrtcGetCUBIN(program, binary)
-    assert all(f"sample_{name}".encode() in binary for name in FORMATS)
