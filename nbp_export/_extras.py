@@ -9,4 +9,6 @@ def need(extra: str, *modules: str) -> None:
     """Raise NbpError, with the pip command, unless all modules can be imported."""
     missing = [m for m in modules if find_spec(m) is None]
     if missing:
-        raise NbpError(f"{', '.join(missing)} missing: pip install 'nbp-export[{extra},cpu]'")
+        # Where a runtime is installed it may be the GPU's, which the CPU's would overwrite.
+        extras = f"{extra},cpu" if find_spec("onnxruntime") is None else extra
+        raise NbpError(f"{', '.join(missing)} missing: pip install 'nbp-export[{extras}]'")

@@ -54,11 +54,11 @@ def _by(bundle: Bundle, runtime: str) -> tuple[str, str]:
     if runtime == "onnx":
         ran = "ONNX Runtime, CPU; the generator's graphs as written, the tokenizer's as optimised"
         return ran, bundle.manifest.provenance.get("executed", f"in {dtype}")
-    device = Device.open()
-    device.close()
+    with Device.open() as device:
+        name = device.name
     libraries = dict.fromkeys(f"{engine.library} {engine.version}" for engine in bundle.manifest.engines)
     ran = "ONNX Runtime, CUDA provider" if runtime == "cuda" else " and ".join(libraries)
-    return ran, f"in {dtype} by {ran} on {device.name}"
+    return ran, f"in {dtype} by {ran} on {name}"
 
 
 def prove_again(path: Path, report: Report = lambda _: None, runtime: str = "onnx") -> Bundle:

@@ -228,8 +228,12 @@ def _looked_inside(engine: Any, library: Library, use: GraphSpec) -> list[dict[s
     for output, cache in use.aliases.items():
         if (found := loaded.get_aliased_input_tensor(output)) != cache:
             raise BuildError(f"the built engine's {output} lies in {found or 'memory of its own'}, not in {cache}")
-    told = json.loads(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
-    return [layer if isinstance(layer, dict) else {"name": layer} for layer in told["Layers"]]
+    told = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        layers = json.loads(told)["Layers"]
+    except (ValueError, KeyError, TypeError):  # it is its own text, and of no other use than to be read
+        layers = told.splitlines()
+    return [layer if isinstance(layer, dict) else {"name": layer} for layer in layers]
 
 
 def _why_not(graph: Path, library: Library, options: Options, errors: Sequence[str]) -> str:

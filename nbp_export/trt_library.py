@@ -50,7 +50,7 @@ class Library:
         return import_module(self.module)
 
     def log(self) -> Any:
-        """Its one logger, a Log: it listens to the first of a process and to no other."""
+        """Its one logger, a Log: it warns of a second one in a process, and may not listen to it."""
         self.load()
         return _log(self.module)
 
@@ -137,7 +137,9 @@ def configure(config: Any, library: Library, options: Options) -> None:
     if options.level is not None:
         config.builder_optimization_level = options.level
     known = _timings(library, options)
-    config.set_timing_cache(config.create_timing_cache(known.read_bytes() if known.exists() else b""), False)
+    before = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
+    if not config.set_timing_cache(before, False):  # what was measured elsewhere, or is damaged
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def keep_timings(config: Any, library: Library, options: Options) -> None:
@@ -160,8 +162,8 @@ def _gpu() -> tuple[str, str]:
     """Name and architecture of the GPU; raises EngineError if there is none."""
     from nbp_engines.cuda import Device
 
-    device = Device.open()
-    return device.name, device.arch
+    with Device.open() as device:
+        return device.name, device.arch
 
 
 @dataclass

@@ -53,15 +53,11 @@ class Device:
     Attributes:
         name: such as `NVIDIA A100-SXM4-40GB`.
         arch: such as `sm80`.
-        memory_bytes: in all.
-        driver: the CUDA version that its driver serves, `13.0`.
         stream: the handle.
     """
 
     name: str
     arch: str
-    memory_bytes: int
-    driver: str
     stream: Any
     _held: ExitStack = field(repr=False)
 
@@ -90,7 +86,7 @@ class Device:
         held = ExitStack()
         held.callback(call, rt.cudaStreamDestroy, stream)
         name = bytes(known.name).partition(b"\0")[0].decode()
-        return cls(name, f"sm{known.major}{known.minor}", int(known.totalGlobalMem), driver, stream, held)
+        return cls(name, f"sm{known.major}{known.minor}", stream, held)
 
     def free(self) -> int:
         """Bytes that are free on it now."""
@@ -124,6 +120,14 @@ class Device:
     def close(self) -> None:
         """Give back everything, the last first."""
         self._held.close()
+
+    def __enter__(self) -> Self:
+        """The device itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
 
 
 class Buffer:
@@ -208,7 +212,7 @@ class Graph:
         call(rt.cudaStreamBeginCapture, device.stream, rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             enqueue()
-        except EngineError:
+        except BaseException:
             status, part = rt.cudaStreamEndCapture(device.stream)  # else the stream would stay unusable
             if not status.value:
                 call(rt.cudaGraphDestroy, part)

@@ -5,7 +5,7 @@ compiles on the GPU. Executed by us against an emulation (tests/engines/emulated
 """
 
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,10 @@ class _Profile:
             self._require(tuple(context.get_tensor_shape(t.name)) == t.shape, f"{t.name} of {list(t.shape)}")
         self._enqueue()  # once before it is captured: shapes settle, and what is compiled or allocated late is done
         device.synchronize()
-        # TensorRT-RTX can tell; one that cannot be captured still runs.
-        capturable = getattr(context, "is_stream_capturable", lambda _: True)(device.stream)
-        self.launch = Graph(device, self._enqueue).launch if capturable else self._enqueue
+        self.captured: Graph | None = None  # one that cannot be captured still runs
+        if getattr(context, "is_stream_capturable", lambda _: True)(device.stream):  # TensorRT-RTX can tell
+            with suppress(EngineError):
+                self.captured = Graph(device, self._enqueue)
 
     def _require(self, taken: bool, what: str) -> None:
         if not taken:
@@ -79,7 +80,10 @@ class _Profile:
         self._device.synchronize()  # the last run may still be reading what is overwritten here
         for name, value in inputs.items():
             self._mirrors[name].host[...] = value
-        self.launch()
+        if self.captured:
+            self.captured.launch()
+        else:
+            self._enqueue()
         if self._told is None:
             assert self._logits is not None
             return self._logits
@@ -102,6 +106,9 @@ class TrtSession(GraphSession):
     """A bundle's engines on an NVIDIA GPU. Per step, only a block's tokens and its noise travel.
 
     Never executed on a GPU by us.
+
+    Attributes:
+        notes: what somebody who measures it should know.
     """
 
     def __init__(self, bundle: Bundle, graphs: Collection[str] | None = None) -> None:
@@ -133,6 +140,8 @@ class TrtSession(GraphSession):
                 _check(loaded, trt, profiles, path)
                 for index, graph in enumerate(profiles):
                     self.graphs[graph.name] = _Profile(trt, loaded, index, graph, device, self.caches)
+            uncaptured = (name for name, profile in self.graphs.items() if not profile.captured)
+            self.notes = [f"{name} runs as it is enqueued: it could not be captured" for name in uncaptured]
             self._sampler = Sampler(device, spec)
             self._opened = opening.pop_all()
 

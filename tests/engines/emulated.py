@@ -126,7 +126,7 @@ class Runtime(Module):
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, Any]:
         known = runtime.cudaDeviceProp()
         known.name = b"Emulated".ljust(256, b"\0")
-        known.major, known.minor, known.totalGlobalMem = self.gpu.major, self.gpu.minor, self.gpu.memory
+        known.major, known.minor = self.gpu.major, self.gpu.minor
         return OK, known
 
     def cudaMemGetInfo(self) -> tuple[Any, int, int]:

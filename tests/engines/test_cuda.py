@@ -184,8 +184,8 @@ def device(gpu: Gpu) -> Iterator[Device]:  # noqa: ARG001 - it has to be there
 
 
 def test_a_device_tells_what_it_is(device: Device) -> None:
-    assert (device.name, device.arch, device.driver) == ("Emulated", "sm80", "13.0")
-    assert device.memory_bytes == device.free() == 80 * 2**30
+    assert (device.name, device.arch) == ("Emulated", "sm80")
+    assert device.free() == 80 * 2**30
 
 
 @pytest.mark.parametrize(

@@ -399,7 +399,6 @@ FAULTS = [
     never_zeroes,
     first_profile_for_all,
     caches_of_its_own,
-    captured_cold,
 ]
 
 
@@ -420,6 +419,20 @@ def test_a_faulty_session_is_caught(
         except EngineError:
             return
         assert not np.array_equal(found, expected)
+
+
+def test_what_cannot_be_captured_runs_and_says_so(
+    engines: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a library allocates in its first runs."""
+    bundle = engines("fp16").bundle
+    with open_session(bundle, 1, runtime="onnx") as session:
+        expected = Generator(session, seed=2).predict(frames(bundle)).tokens
+    captured_cold(monkeypatch)
+    with emulated(Gpu()), open_session(bundle) as session:
+        assert isinstance(session, trt.TrtSession)
+        assert [note.split()[0] for note in session.notes] == [*session.graphs]
+        assert np.array_equal(Generator(session, seed=2).predict(frames(bundle)).tokens, expected)
 
 
 # ONNX Runtime's CUDA provider.

@@ -240,7 +240,7 @@ def test_missing_extras_are_one_line_and_their_command_brings_them(monkeypatch: 
     monkeypatch.setattr(_extras, "find_spec", nothing)
     message = refused(1, "--model", "nbp-tiny", "--weights", "random")
     assert "torch" in asked
-    assert f"{', '.join(asked)} missing: pip install 'nbp-export[export,cpu]'" in message
+    assert f"{', '.join(dict.fromkeys(asked))} missing: pip install 'nbp-export[export,cpu]'" in message
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     brought = {re.split(r"[<>=\[ ]", line)[0] for line in extras["export"] + extras["cpu"]}
     assert set(asked) <= brought
