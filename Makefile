@@ -22,7 +22,7 @@ QUIET := >> $(LOG) 2>&1 || { tail -n 20 $(LOG); echo "set-up failed; all that pi
 SETUP := $(VENV)/.set-up
 CLIPS := $(VENV)/.training-clips
 # From a plain checkout, with nothing of ours installed.
-PLAIN := PYTHONPATH=.:reference:engines:bench:reports $(GPU_PYTHON)
+PLAIN := PYTHONPATH=.:reference:engines:bench:reports$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON)
 EXPORT := $(PLAIN) -c 'from nbp_export.cli import main; main()'
 
 .DEFAULT_GOAL := help
@@ -72,18 +72,19 @@ train: $(CLIPS) ## make the nbp-tiny weights again, in $(RUNS), for the sizes in
 	@$(BIN)/python -m nbp_reference.train generator --hybrid --block 16 --steps 1500 --out $(RUNS)
 
 gpu: ## on a GPU: hold every engine against the reference and time it; wants torch with CUDA, installs nothing
-	@$(PLAIN) -m nbp_bench.gpu $(ARGS)
-	@if $(GPU_PYTHON) -c 'import hypothesis, pytest' 2> /dev/null; \
-	then $(GPU_PYTHON) -m pytest -m gpu $$(grep -rl --include='*.py' 'mark\.gpu' tests); \
-	else echo "no pytest or hypothesis there: the tests for a GPU did not run"; fi
+	@$(PLAIN) -m nbp_bench.gpu $(ARGS); status=$$?; \
+	if $(GPU_PYTHON) -c 'import hypothesis, pytest' 2> /dev/null; \
+	then $(GPU_PYTHON) -m pytest -m gpu $$(grep -rl --include='*.py' 'mark\.gpu' tests) || status=$$?; \
+	else echo "no pytest or hypothesis there: the tests for a GPU did not run"; fi; exit $$status
 
-# The same names as the script's, which measures what it finds. Never run by us: it takes TensorRT 11 and an A100.
+# The same names as the script's, which measures what it finds, and does so whatever failed before. Never run by us: it takes TensorRT 11 and an A100.
 a100: ## on an A100 with TensorRT 11: build engines, verify and time them; leaves one file to send back
-	@for block in 1x1x16 1x1x1 1x16x16; do bundle=$(A100)/bundles/nbp-xl-$$block-bf16-sm80; \
+	@failed=; for block in 1x1x16 1x1x1 1x16x16; do bundle=$(A100)/bundles/nbp-xl-$$block-bf16-sm80; \
 	{ test -e $$bundle || $(EXPORT) trt --builder tensorrt --model nbp-xl --weights random --block $$block \
-	--dtype bf16 --out $$bundle; } && $(EXPORT) verify --runtime tensorrt $$bundle || exit 1; done
-	@$(PLAIN) -m nbp_bench.gpu --engines reference,graphs,tensorrt --dtype bf16 --minutes 30 --out $(A100) $(ARGS)
-	@echo "please send back $(A100)/nbp-xl-bf16.jsonl"
+	--dtype bf16 --out $$bundle; } && $(EXPORT) verify --runtime tensorrt $$bundle || failed="$$failed $$block"; done; \
+	$(PLAIN) -m nbp_bench.gpu --engines reference,graphs,tensorrt --dtype bf16 --minutes 30 --out $(A100) $(ARGS) \
+	|| failed="$$failed bench"; echo "please send back $(A100)/nbp-xl-bf16.jsonl"; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 clean: ## remove build products and caches; the environment and the runs stay
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
