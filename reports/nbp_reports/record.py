@@ -43,10 +43,12 @@ class Record:
         fvd: Fréchet video distance.
         device_step_ns: single steps back to back by the device's own clock, positions as in a clip, without sampling.
         device_pass_ns: the same with sampling, and the tokens' way to the host and back.
-        step_bytes: what such a step has to read, in the mean: weights once, and the valid part of the caches.
+        step_bytes: what such a step has to read, in the mean: weights once, and the valid rows of the caches, not their
+            whole capacity.
         copy_bandwidth: bytes a second, read and written, of a large copy on the device in the same run.
         peak_bandwidth: the same by the device's clock and bus width.
-        parity_error: worst element of all checks against the fp32 reference, in units of the largest expected.
+        parity_error: worst element of all checks against the fp32 reference, in units of the largest expected; the
+            largest float where it is not finite, which JSON does not have.
         parity_allowed: what that check allowed.
         parity_where: the check and its element.
     """
@@ -165,8 +167,8 @@ class Record:
 
 
 def write(records: Iterable[Record], path: Path) -> None:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+    """One JSON object a line. Raises ValueError for a number that JSON does not have."""
+    path.write_text("".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records))
 
 
 def read(path: Path) -> list[Record]:
