@@ -3,6 +3,7 @@
 Torch is all it takes; what an engine needs beside it is imported when its turn comes.
 """
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from nbp_engines.cuda import bindings
 from nbp_engines.errors import EngineError, NbpError, UsageError
 from nbp_export._extras import need
 from nbp_reports.record import Record
@@ -23,6 +25,7 @@ from nbp_reports.record import Record
 if TYPE_CHECKING:
     import torch
 
+    from nbp_engines.bundle import Bundle
     from nbp_engines.generator import Clip
     from nbp_engines.spec import SystemSpec
     from nbp_export.parity import Check
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from nbp_reference.model import NextBlockTransformer
     from nbp_reference.tokenizer import VideoTokenizer
 
-PYTORCH = ("reference", "graphs", "compiled")
+PYTORCH = ("reference", "graphs", "compiled")  # the other engines run bundles
 STEPS, CLIPS, CLIP_SECONDS = 200, (3, 20), 8.0  # measured steps; clips at least and at most, and for how long
 
 
@@ -66,9 +69,10 @@ class Result:
 
     Attributes:
         record, tokens: the row; tokens [1,T·H·W].
-        notes: lines for the log.
+        notes: lines for the log and the summary.
         why: there is no row.
-        trace: of a failure that is not one of our own errors; the process is not to be trusted any more.
+        trace: of a failure after which the process is not to be trusted any more: one that is not an error of ours, or
+            that CUDA does not survive.
     """
 
     record: Record | None = None
@@ -79,12 +83,27 @@ class Result:
 
 
 def measure(case: Case, reference: np.ndarray | None) -> Result:
-    """The row of a case; its tokens are compared with those of the reference engine, where that has run."""
+    """The row of a case; its tokens are compared with those of the reference engine, where that has run.
+
+    The bundle of an engine that runs one is there: `export` sees to it.
+    """
+    return _told(lambda notes: _measured(case, reference, notes))
+
+
+def export(case: Case) -> Result:
+    """Have the bundle of a case exported and proven where it is not there yet; `why` if that cannot be."""
+    return _told(lambda notes: _exported(case, notes))
+
+
+def _told(work: Callable[[list[str]], Result]) -> Result:
+    """What comes of it, given where to leave notes; any failure as a result."""
     notes: list[str] = []
     try:
-        return _measured(case, reference, notes)
+        return work(notes)
     except NbpError as error:
-        return Result(notes=notes, why=error.message)
+        from nbp_bench.device import broken
+
+        return Result(notes=notes, why=error.message, trace=traceback.format_exc() if broken() else "")
     except Exception as error:
         return Result(notes=notes, why=f"{type(error).__name__}: {error}"[:300], trace=traceback.format_exc())
 
@@ -157,7 +176,7 @@ def _measured(case: Case, reference: np.ndarray | None, notes: list[str]) -> Res
         step_bytes=step_bytes(models.generator, case.dtype, 1, [positions[i % len(positions)] for i in range(count)]),
         copy_bandwidth=copied,
         peak_bandwidth=peak,
-        parity_error=worst.worst,
+        parity_error=min(worst.worst, sys.float_info.max),
         parity_allowed=worst.tolerance,
         parity_where=f"{worst.graph} at {worst.at}, {worst.where}",
     )
@@ -194,23 +213,30 @@ def _device(case: Case) -> "torch.device":
 
 
 def _refuse(case: Case) -> None:
-    """Raise NbpError for an engine that this machine does not have, before anything is made for it."""
+    """Raise NbpError for an engine that this machine does not have, before anything is made for it.
+
+    What would run it comes first: without that, what would export it does not matter.
+    """
     if case.device == "cpu" and case.engine not in ("reference", "compiled"):
         raise EngineError("it takes a CUDA device")
     if case.engine == "compiled" and case.device == "cuda" and find_spec("triton") is None:
         raise EngineError("torch.compile needs triton for a GPU")
     if case.engine in PYTORCH:
         return
-    need("export", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
     if case.engine == "tensorrt":
         _engine_options().settle()
-        return
-    import onnxruntime
+    else:
+        if find_spec("onnxruntime") is None:
+            raise EngineError("onnxruntime-gpu is not installed")
+        import onnxruntime
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise EngineError(f"onnxruntime {onnxruntime.__version__} has no CUDA provider: onnxruntime-gpu has")
-    if case.dtype == "bf16":
-        raise EngineError("ONNX Runtime's CUDA provider has no Pad in bf16, which the tokenizer takes: see fp16")
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise EngineError(f"onnxruntime {onnxruntime.__version__} has no CUDA provider: onnxruntime-gpu has")
+        if case.dtype == "bf16":
+            raise EngineError("ONNX Runtime's CUDA provider has no Pad in bf16, which the tokenizer takes: see fp16")
+    bindings("runtime")
+    if not folder(case).exists():
+        need("export", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 def _engine_options() -> Any:
@@ -224,7 +250,7 @@ def _engine_options() -> Any:
 
 @lru_cache(1)
 def _master(model: str) -> "tuple[Source, str]":
-    """The model in fp32 on the CPU, and the hash of its weights: the same on every machine."""
+    """The model in fp32 on the CPU, and the hash of its weights: random ones may differ between kinds of CPU."""
     from nbp_export.sources import Request, find
     from nbp_export.weights import weights_sha256
 
@@ -247,39 +273,61 @@ def _models(model: str, dtype: str, device: "torch.device") -> _Models:
 
 @lru_cache(1)
 def _bandwidths(device: "torch.device") -> tuple[float, float | None]:
+    import torch
+
     from nbp_bench.device import copy_bandwidth, peak_bandwidth
 
-    return copy_bandwidth(device), peak_bandwidth(device)
+    copied = copy_bandwidth(device)
+    torch.cuda.empty_cache()  # gigabytes that other libraries could not have
+    return copied, peak_bandwidth(device)
 
 
 def _open(case: Case, models: _Models, spec: "SystemSpec") -> "AbstractContextManager[Any]":
+    import torch
+
     from nbp_bench.engines import GraphsSession, ReferenceSession
     from nbp_engines.session import open_session
 
     if case.engine not in PYTORCH:
+        torch.cuda.empty_cache()  # what torch keeps for itself, other libraries cannot have
         return open_session(_bundle(case), runtime=case.engine)
     captured = case.device == "cuda" and case.engine != "reference"
     kind = GraphsSession if captured else ReferenceSession
     return kind(spec, models.generator, models.tokenizer, case.device, compiled=case.engine == "compiled")
 
 
-def _bundle(case: Case) -> Path:
-    """The exported model: one that is there already, if it has the same weights."""
-    from nbp_engines.bundle import Bundle
-    from nbp_export.onnx_bundle import export
+def folder(case: Case) -> Path:
+    """Where the bundle of a case is, or would be."""
+    config = _master(case.model)[0].generator.config.with_block(case.block)
+    kind = _engine_options().arch if case.engine == "tensorrt" else "onnx"
+    return case.out / "bundles" / f"{case.model}-{config.block}-{case.dtype}-{kind}"
 
-    master, digest = _master(case.model)
-    options = _engine_options() if case.engine == "tensorrt" else None
-    config = master.generator.config.with_block(case.block)
-    kind = options.arch if options else "onnx"
-    folder = case.out / "bundles" / f"{case.model}-{config.block}-{case.dtype}-{kind}"
-    if not folder.exists():
+
+def _exported(case: Case, notes: list[str]) -> Result:
+    import torch
+
+    from nbp_export import onnx_bundle
+
+    _device(case)
+    _refuse(case)
+    if not (path := folder(case)).exists():
+        master, began = _master(case.model)[0], time.monotonic()
         source = replace(master, generator=deepcopy(master.generator), tokenizer=deepcopy(master.tokenizer))
-        source.generator.config = config
-        export(source, folder, case.dtype, engines=options)
-    elif Bundle.open(folder).manifest.model["weights_sha256"] != digest:
-        raise UsageError(f"{folder} has other weights: remove it, or choose another --out")
-    return folder
+        source.generator.config = source.generator.config.with_block(case.block)
+        torch.cuda.empty_cache()
+        onnx_bundle.export(source, path, case.dtype, engines=_engine_options() if case.engine == "tensorrt" else None)
+        notes.append(f"exported and proven in {time.monotonic() - began:.0f} s")
+    return Result(notes=notes)
+
+
+def _bundle(case: Case) -> "Bundle":
+    """The exported model, its files verified. Raises UsageError if its weights are not those that are measured."""
+    from nbp_engines.bundle import Bundle
+
+    bundle = Bundle.open(folder(case))
+    if bundle.manifest.model["weights_sha256"] != _master(case.model)[1]:
+        raise UsageError(f"{bundle.path} has other weights: remove it, or choose another --out")
+    return bundle
 
 
 def _stream(session: Any, device: "torch.device") -> "torch.cuda.Stream | None":
@@ -328,13 +376,15 @@ def profiled(case: Case) -> Result:
                 "decode": lambda: session.decode(clip),
             }
             on = ProfilerActivity.CUDA if case.device == "cuda" else ProfilerActivity.CPU
+            slowest = f"self_{'device' if case.device == 'cuda' else 'cpu'}_time_total"
             for name, call in calls.items():
                 call()
                 with profile(activities=[on]) as seen:
                     call()
                     if case.device == "cuda":
                         torch.cuda.synchronize()
-                notes.append(f"{name}\n{seen.key_averages().table(row_limit=30, max_name_column_width=90)}")
+                table = seen.key_averages().table(sort_by=slowest, row_limit=30, max_name_column_width=90)
+                notes.append(f"{name}\n{table}")
         return Result(notes=notes)
     except Exception as error:
         return Result(why=str(error), trace=traceback.format_exc())

@@ -55,10 +55,22 @@ def peak_bandwidth(device: torch.device) -> float | None:
     return 2 * kilohertz * 1e3 * bits / 8 or None
 
 
+def broken() -> bool:
+    """Whether CUDA has failed in this process for good: after some errors it answers every call with the same one."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def step_bytes(generator: NextBlockTransformer, dtype: str, batch: int, positions: Sequence[int]) -> int:
     """What a step has to read, in the mean over its cache positions: weights once, and every valid row of the caches.
 
-    Of the two embeddings that is a row a token.
+    Rows that are not written yet count for nothing, though an engine may read the caches' whole capacity. Of the two
+    embeddings a step reads a row a token.
     """
     config = generator.config
     tables = generator.tok_emb.weight.numel() + generator.pos_emb.numel()

@@ -5,7 +5,8 @@ Shape legend: B batch, L tokens in a block, P condition tokens, T tokens in the 
 dim, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nbp_bench.device import spans
+from nbp_bench.device import broken, spans
 from nbp_engines import sampling
 from nbp_engines.errors import EngineError
 from nbp_engines.sampling import Sampling
@@ -111,9 +112,11 @@ class ReferenceSession(_TorchSession):
     ) -> None:
         super().__init__(spec, generator, tokenizer, device)
         self.k_caches, self.v_caches = self.generator.empty_caches(spec.batch)
-        if compiled:
-            torch.compiler.reset()  # what was compiled for other shapes counts against a limit
-        self._compiled = torch.compile(self.generator.block_step, dynamic=False) if compiled else None
+        self._compiled = self._compile() if compiled else None
+
+    def _compile(self) -> Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]]:
+        torch.compiler.reset()  # what was compiled for other shapes counts against a limit
+        return torch.compile(self.generator.block_step, dynamic=False)
 
     def prefill(self, tokens: np.ndarray) -> Any:
         """Logits [B,L,V] after the condition [B,P]."""
@@ -175,6 +178,17 @@ def _put_(cache_BNSD: Tensor, update_BNTD: Tensor, cache_pos_B: Tensor) -> Tenso
     return cache_BNSD
 
 
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """`torch.cuda.graph`, which leaves its own stream current where a capture cannot be ended."""
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            yield
+    finally:
+        torch.cuda.set_stream(before)
+
+
 class _Captured:
     """One computation of a session in a CUDA graph, with the memory that it reads and writes."""
 
@@ -189,15 +203,16 @@ class _Captured:
                 session._compute(self.tokens, self.cache_pos)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with _capturing(self.graph):
             self.logits = session._compute(self.tokens, self.cache_pos)
 
 
 class GraphsSession(ReferenceSession):
     """The same step captured in a CUDA graph for each number of tokens, and tokens drawn by our own kernel.
 
-    Of the kinds of attention that take a mask the one is kept that was fastest when the session was opened; `notes`
-    say which, and if torch draws the tokens after all, why.
+    Of the kinds of attention that take a mask the one is kept that was fastest when the session was opened, not yet
+    compiled; a compiled step is compiled with that one alone. `notes` say which, and if torch draws the tokens after
+    all, why.
     """
 
     kinds: ClassVar = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
@@ -210,29 +225,41 @@ class GraphsSession(ReferenceSession):
         device: torch.device | str = "cuda",
         compiled: bool = False,
     ) -> None:
-        super().__init__(spec, generator, tokenizer, device, compiled)
+        super().__init__(spec, generator, tokenizer, device)
         if self.device.type != "cuda":
             raise EngineError("CUDA graphs take a CUDA device")
         self.notes: list[str] = []
-        # A compiled step has its attention chosen already.
-        kinds = self.kinds[:1] if compiled else self.kinds
         counts = {graph.inputs[0].shape[1] for graph in spec.generator_graphs().values()}
-        self._steps = {count: self._fastest(count, kinds) for count in counts}
+        found = {count: self._fastest(count) for count in counts}
+        self._steps = {count: captured for count, (_, captured) in found.items()}
+        if compiled:
+            self._compiled = self._compile()
+            for count in (count for count in counts if count <= spec.block_size):
+                self._steps[count] = self._captured(count, found[count][0])
+                self.notes.append(f"step with {count} tokens compiled with {found[count][0].name}")
         self._own: _Kernel | None = None
         try:
             self._own = _Kernel(spec)
         except Exception as error:  # a baseline must not fail for what is ours
+            if broken():
+                raise
             self.notes.append(f"tokens drawn by torch: {error}")
 
     @torch.inference_mode()
-    def _fastest(self, tokens: int, kinds: Sequence[SDPBackend]) -> _Captured:
+    def _captured(self, tokens: int, kind: SDPBackend) -> _Captured:
+        with sdpa_kernel(kind):
+            return _Captured(self, tokens)
+
+    @torch.inference_mode()
+    def _fastest(self, tokens: int) -> tuple[SDPBackend, _Captured]:
         captured, refused = {}, {}
-        for kind in kinds:
+        for kind in self.kinds:
             try:
-                with sdpa_kernel(kind):
-                    candidate = _Captured(self, tokens)
+                candidate = self._captured(tokens, kind)
             except RuntimeError as error:
-                refused[kind] = str(error).splitlines()[0]
+                if broken():  # nothing was refused: no kind would run any more
+                    raise
+                refused[kind] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             times = spans(self.device, lambda _, graph=candidate.graph: graph.replay(), TRIALS)  # type: ignore[misc]
             captured[kind] = (sorted(times)[TRIALS // 2], candidate)
@@ -241,7 +268,8 @@ class GraphsSession(ReferenceSession):
         self.notes.append(f"attention with {tokens} tokens: {', '.join(told)}")
         if not captured:
             raise EngineError(f"no kind of attention could be captured: {self.notes[-1]}")
-        return min(captured.values(), key=lambda pair: pair[0])[1]
+        kind = min(captured, key=lambda kind: captured[kind][0])
+        return kind, captured[kind][1]
 
     def _logits(self, tokens: Tensor, cache_pos: Tensor) -> Tensor:
         step = self._steps[tokens.shape[1]]

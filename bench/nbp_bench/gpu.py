@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +24,7 @@ from zipfile import ZipFile
 import click
 import numpy as np
 
-from nbp_bench.case import Case, Result, measure, profiled
+from nbp_bench.case import PYTORCH, Case, Result, export, measure, profiled
 from nbp_engines.errors import EngineError, UsageError
 from nbp_export._extras import need
 from nbp_reports import markdown, record, table
@@ -32,7 +33,8 @@ from nbp_reports.record import Record
 ENGINES = ("reference", "graphs", "tensorrt", "cuda", "compiled")  # the last compiles for minutes
 DTYPES = ("bf16", "fp16", "fp32")
 LEAST_SECONDS = 20  # below which no case begins
-CASE_SHARE = 1 / 3  # of the time, that one case may take
+CASE_SHARE = 1 / 3  # of the time, that one case may take, once its bundle is there
+STEP_BYTES = "Shares of a bandwidth: as if a step read the weights once and the rows of the caches that are valid."
 
 
 @click.command()
@@ -75,13 +77,14 @@ def main(
         for block in sizes.split(",")
         for engine in engines.split(",")
     ]
-    cases.sort(key=lambda case: case.engine == "compiled")
+    # Last what takes minutes before it is measured: exports, then what compiles.
+    cases.sort(key=lambda case: (case.engine == "compiled", case.engine not in PYTORCH))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as unpacked, _Bench(out, deadline, 60 * minutes * CASE_SHARE) as bench:
         if wheels:
             bench.say(f"wheels: {', '.join(unpack(wheels, Path(unpacked))) or f'none in {wheels}'}")
             sys.path.insert(0, unpacked)
-        need("export", "torch", "safetensors")
+        need("export", "torch")
         for case in cases:
             bench.run(case)
         if profile:
@@ -110,6 +113,7 @@ class _Bench(AbstractContextManager["_Bench"]):
     def __init__(self, out: Path, deadline: float, longest: float) -> None:
         self.records: list[Record] = []
         self.missing: list[str] = []
+        self.notes: list[str] = []
         self._out = out
         self._deadline = deadline
         self._longest = longest
@@ -129,14 +133,14 @@ class _Bench(AbstractContextManager["_Bench"]):
 
     def run(self, case: Case) -> None:
         """Measure one case, and write what there is by then."""
-        left = self._deadline - time.monotonic()
-        if left < LEAST_SECONDS:
+        if self._left() < LEAST_SECONDS:
             result = Result(why="the time was up")
         else:
             self._note(f"{case}: begins")
-            result = self._call(measure, case, self._tokens.get((case.dtype, case.block)), seconds=left)
+            result = self._result(case)
         for note in result.notes:
-            self._note(f"{case}: {note}")
+            self.notes.append(f"{case}: {' '.join(note.split())}")
+            self._note(self.notes[-1])
         if result.trace:
             self._note(f"{case}: {result.trace}")
         if result.record and result.tokens is not None:
@@ -153,21 +157,37 @@ class _Bench(AbstractContextManager["_Bench"]):
             record.write(rows, self._out / f"{rows[0].model}-{dtype}.jsonl")
         (self._out / "summary.md").write_text(self.summary() + "\n")
 
+    def _result(self, case: Case) -> Result:
+        notes = []
+        if case.engine not in PYTORCH:
+            there = self._call(export, case, seconds=self._left())
+            if there.why:
+                return there
+            notes = there.notes
+        seconds = min(self._left(), self._longest)
+        result = self._call(measure, case, self._tokens.get((case.dtype, case.block)), seconds=seconds)
+        return replace(result, notes=notes + result.notes)
+
+    def _left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
     def profile(self, case: Case) -> None:
         """The kernels of a case's step and decode, in a file."""
-        result = self._call(profiled, case._replace(engine="reference"), seconds=self._deadline - time.monotonic())
+        result = self._call(profiled, case._replace(engine="reference"), seconds=self._left())
         (self._out / "profile.txt").write_text("\n\n".join(result.notes) or f"not measured: {result.why}\n")
 
     def _call(self, what: Any, *arguments: object, seconds: float) -> Result:
         """Have the worker's process do something; a fresh one next time if it fails, dies or takes too long."""
-        seconds = min(seconds, self._longest)
         try:
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(1, get_context("spawn"))
                 self._pid = self._pool.submit(os.getpid).result()
-            result: Result = self._pool.submit(what, *arguments).result(max(0.0, seconds))
+            result: Result = self._pool.submit(what, *arguments).result(seconds)
         except TimeoutError:
-            result = Result(why=f"it took longer than {seconds:.0f} s", trace="stopped")
+            why = f"it took longer than {seconds:.0f} s"
+            if what is export:
+                why = f"its export took longer than {seconds:.0f} s: with more --minutes it is kept for the next run"
+            result = Result(why=why, trace="stopped")
         except BrokenProcessPool as error:
             result = Result(why="its process died", trace=str(error))
         if result.trace:
@@ -198,8 +218,8 @@ class _Bench(AbstractContextManager["_Bench"]):
             rates = ((first.copy_bandwidth, "copied"), (first.peak_bandwidth, "by its clock"))
             told = [f"{value / 1e9:,.0f} GB/s {how}" for value, how in rates if value]
             lines = [f"{first.model}, random weights; {where}; {', '.join(told)}; {first.versions}", ""]
-            lines.append(markdown.table(table.ON_DEVICE, rows))
-        return "\n".join([*lines, *(f"- {line}" for line in self.missing)])
+            lines += [markdown.table(table.ON_DEVICE, rows), "", STEP_BYTES, ""]
+        return "\n".join([*lines, *(f"- {line}" for line in (*self.missing, *self.notes))])
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """The GPU script rehearsed on a CPU: what it measures, what it lists as not measured, and what it survives."""
 
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch.nn.attention import SDPBackend
 
-from nbp_bench import case, device, gpu, machine
+from nbp_bench import case, device, engines, gpu, machine
 from nbp_bench.case import Case
 from nbp_bench.case import Result as Outcome
 from nbp_bench.engines import GraphsSession, OnDevice, ReferenceSession
@@ -76,6 +80,8 @@ def test_rehearsal_leaves_records_a_table_and_a_reason_for_every_engine(tmp_path
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "wheels: brought-1-py3-none-any.whl" in log
     assert "87 checks, worst" in log
+    assert "- 1x8x16 fp32 reference: 87 checks, worst" in summary
+    assert gpu.STEP_BYTES in summary
 
 
 def test_wheels_are_unpacked_as_pip_would(tmp_path: Path) -> None:
@@ -109,6 +115,7 @@ def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
 
 def test_torch_is_enough(tmp_path: Path) -> None:
     absent = ["av", "jinja2", "matplotlib", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "pandas", "rich", "scipy"]
+    absent.append("safetensors")
     code = f"""
 import sys
 from pathlib import Path
@@ -165,6 +172,120 @@ def test_a_failure_comes_back_with_its_traceback(tmp_path: Path, monkeypatch: py
         bench.run(asked("reference", tmp_path))
     assert "in fail" in (tmp_path / "log.txt").read_text()
     assert "RuntimeError: illegal memory access" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_an_error_of_ours_that_cuda_does_not_survive_ends_the_process(
+    broken: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise EngineError("cudaStreamSynchronize: cudaErrorIllegalAddress")
+
+    def synchronize() -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(case, "_bandwidths", fail)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    result = case.measure(asked("reference", tmp_path), None)
+    assert result.why == "cudaStreamSynchronize: cudaErrorIllegalAddress"
+    assert ("in fail" in result.trace) == broken
+
+
+def test_a_kind_of_attention_is_refused_only_while_cuda_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError
+
+    session = object.__new__(GraphsSession)
+    session.notes = []
+    monkeypatch.setattr(GraphsSession, "_captured", refuse)
+    with pytest.raises(EngineError, match="MATH RuntimeError"):
+        session._fastest(1)
+    monkeypatch.setattr(engines, "broken", lambda: True)
+    with pytest.raises(RuntimeError):
+        session._fastest(1)
+
+
+def test_a_step_is_compiled_with_the_attention_that_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def captured(session: GraphsSession, tokens: int, kind: SDPBackend) -> None:
+        seen.append((tokens, kind, session._compiled is not None))
+
+    def opened(session: GraphsSession, *_: object) -> None:
+        session.device, session._compiled = torch.device("cuda"), None
+
+    monkeypatch.setattr(ReferenceSession, "__init__", opened)
+    monkeypatch.setattr(ReferenceSession, "_compile", lambda _: print)
+    monkeypatch.setattr(GraphsSession, "_captured", captured)
+    monkeypatch.setattr(GraphsSession, "_fastest", lambda *_: (SDPBackend.MATH, None))
+    model = small_generator("1x1x4")
+    session = GraphsSession(system_spec(model.config, None, "fp32", 1), model, None, compiled=True)
+    assert seen == [(4, SDPBackend.MATH, True)]
+    assert session.notes[0] == "step with 4 tokens compiled with MATH"
+
+
+def test_an_export_has_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "export", slow)
+    monkeypatch.setattr(gpu, "measure", refuse)
+    with gpu._Bench(tmp_path, time.monotonic() + 600, longest=60) as bench:
+        bench.run(asked("reference", tmp_path))  # its process has begun
+        bench._longest = 2
+        bench.run(asked("cuda", tmp_path))
+        monkeypatch.setattr(bench, "_left", lambda: 1.0)
+        assert "more --minutes" in bench._result(asked("cuda", tmp_path)).why
+    assert "cuda: not measured: process" in bench.missing[1]
+    assert bench.notes == ["256 fp32 cuda: exported"]
+
+
+def slow(case: Case) -> Outcome:  # noqa: ARG001
+    time.sleep(3)
+    return Outcome(notes=["exported"])
+
+
+def test_what_would_run_an_engine_is_looked_for_before_what_would_export_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settle() -> None:
+        if lacking:
+            raise EngineError("TensorRT-RTX builds for others")
+
+    lacking = True
+    monkeypatch.setattr(case, "bindings", lambda _: None)
+    monkeypatch.setattr(case, "_engine_options", lambda: SimpleNamespace(settle=settle, arch="sm90"))
+    monkeypatch.setattr(case, "need", lambda *_: pytest.fail("asked for what exports"))
+    ours = asked("tensorrt", tmp_path)._replace(device="cuda")
+    with pytest.raises(EngineError, match="for others"):
+        case._refuse(ours)
+    with pytest.raises(EngineError, match="no CUDA provider"):
+        case._refuse(ours._replace(engine="cuda"))
+    lacking = False
+    with pytest.raises(pytest.fail.Exception, match="asked for"):
+        case._refuse(ours)
+    assert case.folder(ours).name == "nbp-tiny-1x16x16-fp32-sm90"
+    case.folder(ours).mkdir(parents=True)
+    case._refuse(ours)
+
+
+def test_an_error_without_bounds_is_a_number_of_json_and_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(session: ReferenceSession, tokens: np.ndarray) -> np.ndarray:
+        return np.full((len(tokens), 3, *session.spec.video), np.nan, np.float32)
+
+    monkeypatch.setattr(ReferenceSession, "decode", spoiled)
+    result = case.measure(asked("reference", tmp_path), None)
+    assert result.record
+    assert result.record.parity_error == sys.float_info.max
+    record.write([result.record], tmp_path / "rows.jsonl")
+    assert not re.search("NaN|Infinity", (tmp_path / "rows.jsonl").read_text())
+    monkeypatch.setattr(gpu._Bench, "_call", lambda *_, **__: result)
+    done = rehearse(tmp_path, "--engines", "reference", "--sizes", "256", "--dtype", "fp32")
+    assert done.exit_code == 1
+    assert "not the model: 1x16x16 fp32 reference" in done.output
+    with pytest.raises(ValueError, match="JSON"):
+        record.write([replace(result.record, fvd=float("nan"))], tmp_path / "rows.jsonl")
 
 
 def test_an_engine_that_is_not_the_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,11 +354,13 @@ def test_an_exported_engine_is_measured_from_a_bundle_of_the_same_weights(
     monkeypatch.setattr(session, "open_session", lambda path, **_: opened(path, runtime="onnx"))
     monkeypatch.setattr(case, "_refuse", lambda _: None)
     ours = asked("cuda", tmp_path)
-    first, second = case.measure(ours, None), case.measure(ours, None)  # the second finds the bundle
-    for result in (first, second):
-        assert result.record, result.trace
-        assert result.record.engine == "cuda"
-        assert 0 < (result.record.parity_error or 0) < 5e-5
+    assert "is not a bundle" in case.measure(ours, None).why
+    assert case.export(ours).notes[0].startswith("exported and proven")
+    assert case.export(ours) == Outcome()  # it is there
+    result = case.measure(ours, None)
+    assert result.record, result.trace
+    assert result.record.engine == "cuda"
+    assert 0 < (result.record.parity_error or 0) < 5e-5
     other = sources.find(sources.Request("nbp-tiny", weights="random")), "0" * 64
     monkeypatch.setattr(case, "_master", lambda _: other)
     assert "other weights" in case.measure(ours, None).why
