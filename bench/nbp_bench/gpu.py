@@ -218,7 +218,7 @@ class _Bench(AbstractContextManager["_Bench"]):
             rates = ((first.copy_bandwidth, "copied"), (first.peak_bandwidth, "by its clock"))
             told = [f"{value / 1e9:,.0f} GB/s {how}" for value, how in rates if value]
             lines = [f"{first.model}, random weights; {where}; {', '.join(told)}; {first.versions}", ""]
-            lines += [markdown.table(table.ON_DEVICE, rows), "", STEP_BYTES, ""]
+            lines += [markdown.table(table.ON_DEVICE, rows), STEP_BYTES, ""]
         return "\n".join([*lines, *(f"- {line}" for line in (*self.missing, *self.notes))])
 
 
