@@ -34,7 +34,10 @@ ENGINES = ("reference", "graphs", "tensorrt", "cuda", "compiled")  # the last co
 DTYPES = ("bf16", "fp16", "fp32")
 LEAST_SECONDS = 20  # below which no case begins
 CASE_SHARE = 1 / 3  # of the time, that one case may take, once its bundle is there
-STEP_BYTES = "Shares of a bandwidth: as if a step read the weights once and the rows of the caches that are valid."
+READING = (
+    "Shares of a bandwidth: as if a step read the weights once and the rows of the caches that are valid. Without "
+    "sampling, the steps of cuda and tensorrt wait for the host, PyTorch's do not: compare those with sampling."
+)
 
 
 @click.command()
@@ -218,7 +221,7 @@ class _Bench(AbstractContextManager["_Bench"]):
             rates = ((first.copy_bandwidth, "copied"), (first.peak_bandwidth, "by its clock"))
             told = [f"{value / 1e9:,.0f} GB/s {how}" for value, how in rates if value]
             lines = [f"{first.model}, random weights; {where}; {', '.join(told)}; {first.versions}", ""]
-            lines += [markdown.table(table.ON_DEVICE, rows), STEP_BYTES, ""]
+            lines += [markdown.table(table.ON_DEVICE, rows), READING, ""]
         return "\n".join([*lines, *(f"- {line}" for line in (*self.missing, *self.notes))])
 
 
