@@ -81,7 +81,7 @@ def test_rehearsal_leaves_records_a_table_and_a_reason_for_every_engine(tmp_path
     assert "wheels: brought-1-py3-none-any.whl" in log
     assert "87 checks, worst" in log
     assert "- 1x8x16 fp32 reference: 87 checks, worst" in summary
-    assert gpu.STEP_BYTES in summary
+    assert gpu.READING in summary
 
 
 def test_wheels_are_unpacked_as_pip_would(tmp_path: Path) -> None:
