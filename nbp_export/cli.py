@@ -125,7 +125,6 @@ def trt(
         level=level,
         timing_cache=timing_cache,
     )
-    how.settle()  # before anything that takes time
     _export(engines=how, check=check, **options)
 
 
@@ -149,22 +148,21 @@ def _export(
     from nbp_export.onnx_bundle import export, rehearse
     from nbp_export.sources import Request, find
 
-    arch = None
+    library, settled, why = engines.settle() if engines else (None, None, "")  # before anything that takes time
     with _stages() as (say, report):
         report("load")
         source = find(Request(model, checkpoint, tokenizer, weights, block, timing_only))
         say(source.note)
-        if engines:
-            library, settled, why = engines.settle()
-            arch = settled.arch
-            say(f"builder: {library.title} {library.load().__version__} for {arch} ({why}); {library.tried}")
+        if library and settled:
+            version = library.load().__version__
+            say(f"builder: {library.title} {version} for {settled.arch} ({why}); {library.tried}")
         if engines and check:
             for file, layers in rehearse(source, engines, dtype, batch, report).items():
                 say(f"{file}: every node maps, {layers.total()} layers: {counted(layers)}")
             say("parsed, not built and not compared with the reference: without --check it is")
             return
         name = f"{source.name}-{source.generator.config.block}-{dtype}"
-        folder = out or Path(f"{name}-{arch}" if arch else name)
+        folder = out or Path(f"{name}-{settled.arch}" if settled else name)
         if source.tokenizer is None:
             say("no tokenizer in the checkpoint: generator graphs alone; --tokenizer FILE adds encode and decode")
         bundle = export(source, folder, dtype, batch, report, engines=engines)

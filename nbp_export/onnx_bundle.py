@@ -78,8 +78,9 @@ def rehearse(source: Source, options: Options, dtype: str, batch: int, report: R
         layers = {}
         for name, file in graphs.items():
             lint.check(Path(folder, file), spec.graphs()[name])
-            report(f"parse {file}")
-            layers[file] = trt.check(Path(folder, file), spec.graphs()[name], library)
+            if file not in layers:
+                report(f"parse {file}")
+                layers[file] = trt.check(Path(folder, file), spec.graphs()[name], library)
     return layers
 
 

@@ -6,6 +6,7 @@ says that an engine has run.
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,8 @@ from nbp_engines.errors import BundleError, NbpError
 from nbp_engines.spec import GraphSpec
 from nbp_engines.strict import FROM_0, Kind, Rule, loads, matching, whole, write_json
 from nbp_engines.strict import check as conform
-from nbp_export.trt_library import Library, Log, Options, configure, keep_timings
+from nbp_engines.trt import Log, log_of
+from nbp_export.trt_library import Library, Options, configure, keep_timings
 
 BUILDS = "engines.json"
 COUNT = whole(0, 2**63 - 1)
@@ -58,7 +60,7 @@ class Build:
         file: the engine's; all that the library said is beside it in `.log`, each layer in `.layers.json`.
         tokens: the number of tokens of each optimisation profile; empty where everything is static.
         layers: of the network, by type.
-        attention: `fused`, `decomposed`, or `none`.
+        attention: `decomposed`, `none`, or `fused`: TensorRT may not take it apart, so it is one kernel or no engine.
         weights: bytes that they take on the GPU; None where the library did not tell.
         activations: bytes that each profile takes besides; empty where the library did not tell.
         warnings: how many.
@@ -134,15 +136,15 @@ def build(graph: Path, uses: Sequence[GraphSpec], library: Library, options: Opt
     keep_timings(config, library, options)
     layers = [_described(layer) for layer in _layers(network)]
     del parser, network, config
-    said = log.text
+    said = "".join(f"{severity}: {text}\n" for severity, text in log.lines)
     inside = _looked_inside(content, library, uses[0])
     known = Build(
         file=graph.with_suffix(".engine").name,
         tokens=tokens,
         layers=dict(Counter(layer["type"] for layer in layers)),
         attention=("decomposed" if decomposed else "fused") if attentions else "none",
-        weights=next(iter(log.bytes_of("Weights")), None),
-        activations=tuple(log.bytes_of("Activation")),
+        weights=next(_memory(log, "Weights"), None),
+        activations=tuple(_memory(log, "Activation")),
         warnings=len(log.named("WARNING")),
         seconds=round(seconds, 1),
         seen_in="the network" if inside is None else "the engine",
@@ -204,7 +206,7 @@ def _raise_faults(graph: Path, network: Any, log: Log, use: GraphSpec) -> None:
 
 
 def _parsed(graph: Path, library: Library) -> tuple[Any, Any, Any, Log]:
-    trt, log = library.load(), library.log()
+    trt, log = library.load(), log_of(library.load())
     log.lines.clear()
     builder = trt.Builder(log)
     network = builder.create_network()
@@ -222,7 +224,7 @@ def _parsed(graph: Path, library: Library) -> tuple[Any, Any, Any, Log]:
 def _looked_inside(engine: Any, library: Library, use: GraphSpec) -> list[dict[str, Any]] | None:
     """The built engine's own layers, its caches having been seen to alias; None where no GPU is there to load it."""
     trt = library.load()
-    loaded = trt.Runtime(library.log()).deserialize_cuda_engine(engine)
+    loaded = trt.Runtime(log_of(library.load())).deserialize_cuda_engine(engine)
     if loaded is None:
         return None
     for output, cache in use.aliases.items():
@@ -245,6 +247,12 @@ def _why_not(graph: Path, library: Library, options: Options, errors: Sequence[s
     else:
         advice = "please report this with the command and versions"
     return f"{library.title} cannot build {graph} for {options.arch}; {advice}. It said: {reason}"
+
+
+def _memory(log: Log, what: str) -> Iterator[int]:
+    """Bytes of a kind, a figure for each profile, as the builder tells them."""
+    found = (re.fullmatch(rf"Total {what} Memory: (\d+) bytes", text) for text in log.named("INFO"))
+    return (int(match[1]) for match in found if match)
 
 
 def _layers(network: Any) -> Iterator[Any]:

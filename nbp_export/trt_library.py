@@ -6,8 +6,7 @@ TensorRT-RTX builds for a GPU that need not be there; TensorRT 11 builds on the 
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,11 +47,6 @@ class Library:
         """The module. Raises NbpError with the pip command if it is not installed."""
         need(self.extra, self.module)
         return import_module(self.module)
-
-    def log(self) -> Any:
-        """Its one logger, a Log: it warns of a second one in a process, and may not listen to it."""
-        self.load()
-        return _log(self.module)
 
 
 TENSORRT = Library("tensorrt", "TensorRT 11", "trt", False, "never executed by us, neither its builder nor its engines")
@@ -164,40 +158,3 @@ def _gpu() -> tuple[str, str]:
 
     with Device.open() as device:
         return device.name, device.arch
-
-
-@dataclass
-class Log:
-    """What a library says: severity and text, in order."""
-
-    lines: list[tuple[str, str]] = field(default_factory=list)
-
-    def named(self, severity: str) -> list[str]:
-        """The texts of one severity."""
-        return [text for found, text in self.lines if found == severity]
-
-    @property
-    def text(self) -> str:
-        """All of it, a line each."""
-        return "".join(f"{severity}: {text}\n" for severity, text in self.lines)
-
-    def bytes_of(self, what: str) -> list[int]:
-        """Bytes of a kind of memory, a figure for each profile."""
-        found = (re.fullmatch(rf"Total {what} Memory: (\d+) bytes", text) for text in self.named("INFO"))
-        return [int(match[1]) for match in found if match]
-
-
-@cache
-def _log(module: str) -> Any:
-    trt = import_module(module)
-
-    class Listening(Log, trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            Log.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity.name != "VERBOSE":
-                self.lines.append((severity.name, message))
-
-    return Listening()

@@ -6,6 +6,8 @@ compiles on the GPU. Executed by us against an emulation (tests/engines/emulated
 
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -195,10 +197,12 @@ def _fits(engine: Engine, device: Device, folder: Path, spec: SystemSpec) -> Non
 
 def _load(trt: Any, path: Path, device: Device, kept: list[Any]) -> Any:
     """The engine of a file; `kept` takes what has to outlive it."""
-    kept += [logger := _logger(trt), runtime := trt.Runtime(logger)]
+    log = log_of(trt)
+    log.lines.clear()
+    kept.append(runtime := trt.Runtime(log))
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        size, said = path.stat().st_size, "; ".join(logger.lines[-3:]) or "it does not say why"
+        size, said = path.stat().st_size, "; ".join(log.named("ERROR", "INTERNAL_ERROR")[-3:]) or "it does not say why"
         raise EngineError(
             f"{trt.__name__} {trt.__version__} does not load {path} on {device.name}: {said} "
             f"({size:,} bytes asked for, {device.free():,} free)"
@@ -228,9 +232,9 @@ def _check(engine: Any, trt: Any, profiles: list[GraphSpec], path: Path) -> None
                     pinned = [tuple(dims) for dims in engine.get_tensor_profile_shape(t.name, index)]
                     if set(pinned) != {t.shape}:
                         wrong.append(f"profile {index} takes {t.name} {pinned}, {spec.name} takes {list(t.shape)}")
-        for output, cache in spec.aliases.items():
-            if (shared := engine.get_aliased_input_tensor(output)) != cache:
-                wrong.append(f"{output} is no update of {cache} in place, but of {shared or 'no input'}")
+        for output, source in spec.aliases.items():
+            if (shared := engine.get_aliased_input_tensor(output)) != source:
+                wrong.append(f"{output} is no update of {source} in place, but of {shared or 'no input'}")
     if unknown := found.keys() - {t.name for spec in profiles for t in (*spec.inputs, *spec.outputs)}:
         wrong.append(f"{', '.join(sorted(unknown))} unknown to the manifest")
     if wrong:
@@ -241,17 +245,28 @@ def _name(member: Any) -> str:
     return str(member).rpartition(".")[2]
 
 
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps the library's errors."""
+@dataclass
+class Log:
+    """What a TensorRT library says: severity and text, in order."""
 
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+    def named(self, *severities: str) -> list[str]:
+        """The texts of some severities."""
+        return [text for severity, text in self.lines if severity in severities]
+
+
+@cache
+def log_of(trt: Any) -> Any:
+    """A library's one logger, a Log, of builder and runtime: it warns of a second one, and may not listen to it."""
+
+    class Listening(Log, trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.lines: list[str] = []
+            Log.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            """Keep a line."""
-            if "ERROR" in _name(severity):
-                self.lines.append(message)
+            if severity.name != "VERBOSE":
+                self.lines.append((severity.name, message))
 
-    return Logger()
+    return Listening()

@@ -168,15 +168,6 @@ def test_the_real_functions_take_what_they_are_given(function: Any, given: tuple
 
 
 @pytest.fixture
-def gpu() -> Iterator[Gpu]:
-    with emulated(Gpu()) as gpu:
-        yield gpu
-        assert not gpu.device, "device memory is left"
-        assert not gpu.pinned, "pinned memory is left"
-        assert not gpu.handles, "streams, graphs or modules are left"
-
-
-@pytest.fixture
 def device(gpu: Gpu) -> Iterator[Device]:  # noqa: ARG001 - it has to be there
     device = Device.open()
     yield device

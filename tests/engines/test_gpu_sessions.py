@@ -5,7 +5,7 @@ or in the session do not pass.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,6 @@ from tests.support import golden, golden_hybrid
 
 Exporter = Callable[..., Exported]
 GPU_RUNTIMES = ["tensorrt", "cuda"]
-
-
-@pytest.fixture
-def gpu() -> Iterator[Gpu]:
-    with emulated(Gpu()) as gpu:
-        yield gpu
-        assert not gpu.device, "device memory is left"
-        assert not gpu.pinned, "pinned memory is left"
-        assert not gpu.handles, "streams, graphs or modules are left"
 
 
 @pytest.fixture

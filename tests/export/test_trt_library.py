@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from nbp_engines.errors import EngineError, NbpError, UsageError
+from nbp_engines.trt import log_of
 from nbp_export import trt_library
 from nbp_export.cli import main
 from nbp_export.trt_library import RTX, TENSORRT, Library, Options, configure, keep_timings
@@ -92,7 +93,7 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config_of(library: Library) -> Any:
     trt = library.load()
-    builder = trt.Builder(library.log())
+    builder = trt.Builder(log_of(library.load()))
     return builder.create_builder_config(), builder  # the config lives as long as its builder
 
 
@@ -106,7 +107,7 @@ def test_tensorrt_11s_options_reach_its_config(tmp_path: Path) -> None:
     assert config.builder_optimization_level == 4
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 2**28
     assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
-    assert any("setHardwareCompatibilityLevel" in line for line in STAND_IN.log().named("WARNING"))
+    assert any("setHardwareCompatibilityLevel" in line for line in log_of(STAND_IN.load()).named("WARNING"))
     assert config.num_compute_capabilities != 1  # no architecture by name
     keep_timings(config, STAND_IN, options)
     (kept,) = (tmp_path / "timings").iterdir()
