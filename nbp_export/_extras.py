@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from nbp_engines.errors import NbpError
+from nbp_errors import NbpError
 
 
 def need(extra: str, *modules: str) -> None:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nbp_engines.registry import DEFAULT, RUNTIMES
+from nbp_export._commands import Commands, RuntimeName, runtime_help
+
 if TYPE_CHECKING:
     from nbp_engines.bundle import Bundle
     from nbp_export.trt_library import Options
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 SIZES = "nbp-xl, nbp-xxl, nbp-3b, nbp-tiny, each also as NAME-hybrid"
 
 
-@click.group()
+@click.group(cls=Commands)
 @click.version_option(package_name="nbp-export")
 def main() -> None:
     """Take a Next-Block-Prediction video generator from PyTorch to engines, each proven against the reference."""
@@ -174,13 +177,7 @@ def _export(
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--runtime",
-    type=click.Choice(["onnx", "cuda", "tensorrt"]),
-    default="onnx",
-    show_default=True,
-    help="What runs the graphs: ONNX Runtime on the CPU, its CUDA provider, or the bundle's engines on this GPU.",
-)
+@click.option("--runtime", type=RuntimeName(), default=DEFAULT.name, show_default=True, help=runtime_help())
 def verify(bundle: Path, runtime: str) -> None:
     """Prove a bundle again: hashes, schema, lint, and parity with the reference on the weights that it holds.
 
@@ -195,7 +192,7 @@ def verify(bundle: Path, runtime: str) -> None:
     with _stages() as (say, report):
         proven = prove_again(bundle, report, runtime)
         say(_outcome(proven))
-        for line in _engines_told(proven) if runtime != "tensorrt" else ():  # then they have just run
+        for line in () if RUNTIMES[runtime].runs_engines else _engines_told(proven):  # engines that have just run
             say(line)
     click.echo(bundle)
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from nbp_engines.errors import NbpError
+from nbp_errors import NbpError
 from nbp_export._extras import need
 
 _SUFFIXES = (".ckpt", ".pt", ".safetensors")

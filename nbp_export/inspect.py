@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.errors import EngineError, ReceiptWarning
-from nbp_engines.session import open_session
+from nbp_engines.registry import DEFAULT, open_session
 from nbp_engines.spec import TensorSpec
 from nbp_export.trt import builds
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STATUS = Path("/proc/self/status")
 MEMORY = {
-    "caches": "a session's caches",
+    "states": "a session's states, the KV caches",
     "inputs": "its graphs' other inputs",
     "outputs": "their other outputs",
     "buffers": "all of these",
@@ -196,7 +196,7 @@ def _opened(path: Path) -> dict[str, int]:
     with suppress(ModuleNotFoundError):  # which the session says better
         import onnxruntime  # noqa: F401
     before = _resident("VmRSS")
-    with open_session(bundle, runtime="onnx"):  # which is everywhere
+    with open_session(bundle, runtime=DEFAULT.name):
         opened = _resident("VmRSS")
         # The kernel writes the peak down late.
         return {"before": before, "peak": max(opened, _resident("VmHWM")), "opened": opened}

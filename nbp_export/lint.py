@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from nbp_engines.errors import NbpError
-from nbp_engines.spec import GraphSpec
+from nbp_engines.spec import GraphKind, GraphSpec
+from nbp_errors import NbpError
 
 ONNX_DTYPES = {
     "fp32": TensorProto.FLOAT,
@@ -48,7 +48,7 @@ def signature(model: ModelProto, spec: GraphSpec) -> Iterator[str]:
         for value in values:
             dims: tuple[int | str, ...] = tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)
             if value.name in due:
-                dims = due[value.name].settled(dims)
+                dims = due[value.name].pinned(dims)
             found.append((value.name, value.type.tensor_type.elem_type, dims))
         wanted = [(t.name, ONNX_DTYPES[t.dtype], t.shape) for t in expected]
         if found != wanted:
@@ -109,12 +109,16 @@ def attention(model: ModelProto, spec: GraphSpec) -> Iterator[str]:
         if "TRT_decomposable" in attributes:
             yield f"{node.name}: TRT_decomposable makes ONNX Runtime refuse the graph"
         for index, kv in ((1, "k"), (2, "v")):
-            if not (node.input[index].startswith(f"{kv}_cache_") and node.input[index].endswith("_out")):
+            written = spec.aliases.get(node.input[index], "")
+            if not written.startswith(f"{kv}_cache_"):
                 yield f"{node.name}: its {kv} is {node.input[index]}, not a written {kv} cache"
 
 
-GENERATOR_RULES: tuple[Rule, ...] = (signature, opset, cache_writes, attention)
-TOKENIZER_RULES: tuple[Rule, ...] = (signature, opset)
+RULES: dict[GraphKind, tuple[Rule, ...]] = {
+    GraphKind.BLOCK_STEP: (signature, opset, cache_writes, attention),
+    GraphKind.ENCODE: (signature, opset),
+    GraphKind.DECODE: (signature, opset),
+}
 
 
 def check(path: Path, spec: GraphSpec) -> None:
@@ -123,8 +127,7 @@ def check(path: Path, spec: GraphSpec) -> None:
     Raises LintError naming the file and all complaints.
     """
     model = onnx.load(path, load_external_data=False)
-    rules = GENERATOR_RULES if spec.aliases else TOKENIZER_RULES
-    complaints = [f"{rule.__name__}: {text}" for rule in rules for text in rule(model, spec)]
+    complaints = [f"{rule.__name__}: {text}" for rule in RULES[spec.kind] for text in rule(model, spec)]
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, OSError) as error:

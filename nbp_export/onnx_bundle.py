@@ -2,6 +2,7 @@
 
 import glob
 import os
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -16,10 +17,12 @@ import torch
 from torch import nn
 
 from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, Engine, File, Manifest
-from nbp_engines.errors import UsageError
+from nbp_engines.ort import ORT_CPU
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
 from nbp_engines.strict import write_json
+from nbp_engines.trt import TENSORRT
+from nbp_errors import UsageError
 from nbp_export import lint, trt
 from nbp_export.graphs import graph_module, system_spec, trace
 from nbp_export.proof import NOT_IN_BF16, Report, prove, versions
@@ -28,12 +31,13 @@ from nbp_export.trt_library import LIBRARIES, Options
 from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
 
 GENERATOR = "generator.onnx"  # prefill and steps in one
+DTYPE = "fp16"  # of an export, unless another is asked for
 
 
 def export(
     source: Source,
     out: Path,
-    dtype: str = "fp32",
+    dtype: str = DTYPE,
     batch: int = 1,
     report: Report = lambda _: None,
     one_graph: bool = False,
@@ -59,7 +63,7 @@ def export(
         digest = weights_sha256(source.generator, source.tokenizer)
         graphs = _write_graphs(source, spec, folder, report, one_graph or engines is not None)
         built = trt.build_engines(folder, spec.graphs(), graphs, engines, report) if engines else ()
-        content = _manifest(source, spec, digest, folder, graphs, built).to_bytes()
+        content = _manifest(source, spec, digest, folder, graphs, built, engines).to_bytes()
         bundle = Bundle.of(folder, content)
         write_json(folder / RECEIPT, prove(bundle, report))
         (folder / MANIFEST).write_bytes(content)  # last, so that whatever a killed export leaves is no bundle
@@ -166,14 +170,30 @@ def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report
     return written
 
 
+def _command(source: Source, spec: SystemSpec, options: Options | None) -> str:
+    """The command line that makes the same bundle again; empty for a model that was made in Python."""
+    if not source.options:
+        return ""
+    words = ["nbp-export", "trt" if options else "onnx", *source.options, "--block", spec.block_text]
+    words += ["--dtype", spec.dtype, "--batch", str(spec.batch), *(options.words() if options else ())]
+    # A name may hold what no terminal should obey.
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shlex.join(words))
+
+
 def _manifest(
-    source: Source, spec: SystemSpec, digest: str, folder: Path, graphs: dict[str, str], engines: tuple[Engine, ...]
+    source: Source,
+    spec: SystemSpec,
+    digest: str,
+    folder: Path,
+    graphs: dict[str, str],
+    engines: tuple[Engine, ...],
+    options: Options | None,
 ) -> Manifest:
     config = {"generator": source.generator.config.to_json()}
     if source.tokenizer:
         config["tokenizer"] = source.tokenizer.config.to_json()
     text = source.generator.config.text
-    provenance = {"note": source.note}
+    provenance = {"note": source.note, "command": _command(source, spec, options)}
     if spec.dtype == "bf16":
         provenance["executed"] = NOT_IN_BF16
     if engines:
@@ -183,7 +203,7 @@ def _manifest(
         files = tuple(pool.map(File.of, sorted(folder.iterdir())))
     return Manifest(
         schema=SCHEMA,
-        runtime="tensorrt" if engines else "onnx",
+        runtime=(TENSORRT if engines else ORT_CPU).name,
         spec=spec,
         graphs=graphs,
         engines=engines,

@@ -8,17 +8,18 @@ Shape legend: B batch, N heads, S cache slots, D head dim, L tokens in a block.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nbp_engines.bundle import Bundle
-from nbp_engines.errors import NbpError
-from nbp_engines.ort import OrtSession
-from nbp_engines.session import GraphSession, open_session
-from nbp_engines.spec import SystemSpec
+from nbp_engines.registry import DEFAULT
+from nbp_engines.runtime import OpenOptions, Runtime
+from nbp_engines.session import GraphSession
+from nbp_engines.spec import GraphKind, SystemSpec
+from nbp_errors import NbpError
 from nbp_export.graphs import TORCH_DTYPES
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
@@ -45,11 +46,11 @@ class Graphs(Protocol):
         """The first output of a graph, which numpy can make an array of."""
         ...
 
-    def write_caches(self, values: Mapping[str, np.ndarray]) -> None:
+    def write_states(self, values: Mapping[str, np.ndarray]) -> None:
         """Overwrite some caches."""
         ...
 
-    def read_caches(self) -> dict[str, np.ndarray]:
+    def read_states(self) -> dict[str, np.ndarray]:
         """All caches."""
         ...
 
@@ -82,63 +83,66 @@ def compare(graph: str, at: str, name: str, found: np.ndarray, expected: np.ndar
     return Check(graph, at, tolerance, float(error[spot]), where)
 
 
-def check_generator(
-    bundle: Bundle, generator: NextBlockTransformer, seed: int = 0, runtime: str = "onnx"
-) -> Iterator[Check]:
-    """Compare the generator's graphs, run by a runtime, with the reference; yields each passed check.
+class Reference(NamedTuple):
+    """What graphs are compared with: the PyTorch model in fp32. A part that is None is not compared."""
 
-    The reference computes in fp32 with weights rounded to the bundle's dtype, and so do the graphs of a bf16 bundle on
-    a CPU. Raises ParityError at the first graph that differs, with its worst element.
+    generator: NextBlockTransformer | None
+    tokenizer: VideoTokenizer | None = None
+
+
+def check_bundle(bundle: Bundle, reference: Reference, runtime: Runtime = DEFAULT, seed: int = 0) -> Iterator[Check]:
+    """Compare a bundle's graphs, run by a runtime, with the reference; yields each passed check.
+
+    The reference computes in fp32 with weights rounded to the bundle's dtype, and so do the graphs of a bundle in a
+    dtype that the runtime cannot compute in. Where each graph has its own copy of the weights, one is open at a time.
+
+    Raises ParityError at the first graph that differs, with its worst element.
     """
-    rng, spec = torch.Generator().manual_seed(seed), bundle.manifest.spec
-    for names in _together(bundle, spec.generator_graphs(), runtime):
-        with _session(bundle, names, runtime) as session:
-            for name in names:
-                starts = [0] if name == "prefill" else step_positions(spec, name)
-                checks = (c for at in starts for c in check_step(session, name, generator, at, rng))
-                yield from _passed(bundle, checks, runtime)
+    for model, kinds in (
+        (reference.generator, {GraphKind.BLOCK_STEP}),
+        (reference.tokenizer, {GraphKind.ENCODE, GraphKind.DECODE}),
+    ):
+        names = [name for name, spec in bundle.manifest.graph_specs().items() if model and spec.kind in kinds]
+        rng = torch.Generator().manual_seed(seed)
+        for group in [names] if runtime.shares_weights and names else [[name] for name in names]:
+            with _session(bundle, group, runtime) as session:
+                yield from _passed(bundle, check_graphs(session, group, reference, rng), runtime)
 
 
-def check_tokenizer(bundle: Bundle, tokenizer: VideoTokenizer, seed: int = 0, runtime: str = "onnx") -> Iterator[Check]:
-    """The same for encode and decode."""
-    rng = torch.Generator().manual_seed(seed)
-    for names in _together(bundle, bundle.manifest.spec.tokenizer_graphs(), runtime):
-        with _session(bundle, names, runtime) as session:
-            for name in names:
-                check = check_encode if name == "encode" else check_decode
-                yield from _passed(bundle, check(session, tokenizer, rng), runtime)
+def check_graphs(session: Graphs, names: Iterable[str], reference: Reference, rng: torch.Generator) -> Iterator[Check]:
+    """Compare some graphs of a session with the reference, which is on the rng's device; passed or not."""
+    spec = session.spec
+    for name in names:
+        kind = spec.graphs()[name].kind
+        if kind is GraphKind.BLOCK_STEP and reference.generator:
+            for start in [0] if name == "prefill" else step_positions(spec, name):
+                yield from check_step(session, name, reference.generator, start, rng)
+        elif reference.tokenizer:
+            yield from (check_encode if kind is GraphKind.ENCODE else check_decode)(session, reference.tokenizer, rng)
 
 
-def _together(bundle: Bundle, known: Iterable[str], runtime: str) -> list[list[str]]:
-    """Graphs that are opened together: on a CPU one at a time, which takes less memory; engines hold several."""
-    names = [name for name in known if name in bundle.manifest.graphs]
-    return [[name] for name in names] if runtime == "onnx" else [names]
-
-
-def _session(bundle: Bundle, names: list[str], runtime: str) -> GraphSession:
+def _session(bundle: Bundle, names: list[str], runtime: Runtime) -> GraphSession:
     """Some graphs in a runtime.
 
-    On a CPU it is one. The generator's run as they are written: rewriting them first would take twice the memory and
-    20 s. The tokenizer's weights are few, its arithmetic is what takes time.
+    The generator's are opened lean: rewriting them first would take twice the memory and 20 s on a CPU. The tokenizer's
+    weights are few, its arithmetic is what takes time.
     """
-    if runtime != "onnx":
-        return open_session(bundle, runtime=runtime, graphs=names)
-    (name,) = names
-    lean = name in bundle.manifest.spec.generator_graphs()
-    if bundle.manifest.spec.dtype != "bf16":
-        return OrtSession(bundle, graphs=[name], lean=lean)
-    manifest = replace(bundle.manifest, spec=replace(bundle.manifest.spec, dtype="fp32"))
-    twin = fp32_twin(bundle.graph_file(name))
-    return OrtSession(replace(bundle, manifest=manifest), graphs=[name], lean=lean, models={name: twin})
+    spec = bundle.manifest.spec
+    lean = all(spec.graphs()[name].kind is GraphKind.BLOCK_STEP for name in names)
+    if spec.dtype in runtime.dtypes or not runtime.takes_models:
+        return runtime.open(bundle, OpenOptions(graphs=names, lean=lean))
+    manifest = replace(bundle.manifest, spec=replace(spec, dtype="fp32"))
+    twins = {name: fp32_twin(bundle.graph_file(name)) for name in names}
+    return runtime.open(replace(bundle, manifest=manifest), OpenOptions(graphs=names, lean=lean, models=twins))
 
 
-def _passed(bundle: Bundle, checks: Iterator[Check], runtime: str) -> Iterator[Check]:
-    ran = "" if runtime == "onnx" else f", run by {runtime},"
+def _passed(bundle: Bundle, checks: Iterator[Check], runtime: Runtime) -> Iterator[Check]:
     with torch.inference_mode():
         for check in checks:
             if not check.passed:
                 raise ParityError(
-                    f"{bundle.graph_file(check.graph)}{ran} differs from the reference at {check.at}: {check.where} "
+                    f"{bundle.graph_file(check.graph)}, run by {runtime.name}, differs from the reference "
+                    f"at {check.at}: {check.where} "
                     f"(error {check.worst:.3g} of the largest value, allowed {check.tolerance:g}). "
                     "It is not the model: do not use it, and please report this with the command and versions"
                 )
@@ -210,7 +214,7 @@ def check_step(
             shown = value[row, :, :valid]
             shown[:] = torch.randn(shown.shape, generator=rng, device=device)  # several times as fast as in place
         before[tensor.name] = value.to(TORCH_DTYPES[spec.dtype]).float()
-        session.write_caches({tensor.name: before[tensor.name].numpy(force=True)})
+        session.write_states({tensor.name: before[tensor.name].numpy(force=True)})
     names = list(before)
     cache_pos = torch.tensor(starts, device=device)
     logits, k_out, v_out = generator.block_step(
@@ -221,7 +225,7 @@ def check_step(
     yield compare(name, at, "logits", np.asarray(found), logits.numpy(force=True), tolerance)
     expected = dict(zip(names, (c for pair in zip(k_out, v_out, strict=True) for c in pair), strict=True))
     rows = range(spec.batch)
-    for key, cache in session.read_caches().items():
+    for key, cache in session.read_states().items():
         due, held = expected[key].numpy(force=True), before[key].numpy(force=True)
         new = [(row, slice(None), slice(starts[row], starts[row] + tokens.shape[1])) for row in rows]
         written, wanted = (np.stack([array[at_row] for at_row in new]) for array in (cache, due))

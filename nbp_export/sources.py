@@ -1,14 +1,15 @@
 """Finds the model that a command line asks for: a checkpoint, a size with random weights, or the bundled nbp-tiny."""
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from nbp_engines.errors import UsageError
+from nbp_errors import UsageError
 from nbp_export.hub import fetch
 from nbp_reference import checkpoint
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
@@ -49,7 +50,9 @@ class Source:
         generator: its config's block is the one asked for.
         tokenizer: None where no file brought one.
         trained: whether its output means anything.
-        note: one line that tells the user what this is.
+        note: one line that says what this is.
+        options: the options of the command line that name it, for whoever wants to make it again; none if it was made
+            in Python.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Source:
     tokenizer: VideoTokenizer | None
     trained: bool
     note: str
+    options: tuple[str, ...] = ()
 
 
 def find(request: Request) -> Source:
@@ -65,6 +69,21 @@ def find(request: Request) -> Source:
     Raises UsageError for requests that contradict themselves or ask for weights that nobody has, BlockShapeError
     for a block that does not tile, CheckpointError for a file that cannot be loaded.
     """
+    return replace(_found(request), options=tuple(_options(request)))
+
+
+def _options(request: Request) -> Iterator[str]:
+    """The options that name a model again; block, dtype and batch are the bundle's."""
+    if not request.checkpoint:
+        yield from ("--model", request.model or TINY[0])
+    for option in ("checkpoint", "tokenizer", "weights"):
+        if value := getattr(request, option):
+            yield from (f"--{option}", str(value))
+    if request.timing_only:
+        yield "--timing-only"
+
+
+def _found(request: Request) -> Source:
     if request.checkpoint:
         if request.model:
             raise UsageError("--checkpoint says what the model is: leave out --model")

@@ -15,11 +15,12 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from nbp_engines.bundle import NAME, Bundle, Engine
-from nbp_engines.errors import BundleError, NbpError
-from nbp_engines.spec import GraphSpec
+from nbp_engines.errors import BundleError
+from nbp_engines.spec import GraphKind, GraphSpec
 from nbp_engines.strict import FROM_0, Kind, Rule, loads, matching, whole, write_json
 from nbp_engines.strict import check as conform
 from nbp_engines.trt import Log, log_of
+from nbp_errors import NbpError
 from nbp_export.trt_library import Library, Options, configure, keep_timings
 
 BUILDS = "engines.json"
@@ -122,7 +123,7 @@ def build(graph: Path, uses: Sequence[GraphSpec], library: Library, options: Opt
         layer.attention.decomposable = decomposed
     config = builder.create_builder_config()
     configure(config, library, options)
-    tokens = tuple(use.inputs[0].shape[1] for use in uses) if uses[0].aliases else ()
+    tokens = tuple(use.inputs[0].shape[1] for use in uses) if uses[0].kind is GraphKind.BLOCK_STEP else ()
     for use in uses if tokens else ():
         profile = builder.create_optimization_profile()
         shape = use.inputs[0].shape
@@ -184,6 +185,8 @@ def check(graph: Path, use: GraphSpec, library: Library) -> Counter[str]:
 def faults(network: Any, warnings: Sequence[str], use: GraphSpec) -> Iterator[str]:
     """What a parsed network would do otherwise than its graph: ignore inputs, copy caches, attend without a mask."""
     yield from (line for line in warnings if "nused" in line)  # the parser drops inputs that it has no use for
+    if use.kind is not GraphKind.BLOCK_STEP:
+        return
     layers = [*_layers(network)]
     outputs = {network.get_output(i).name for i in range(network.num_outputs)}
     writes = {layer.get_output(0).name: layer for layer in layers if _type(layer) == "KV_CACHE_UPDATE"}

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nbp_engines.errors import EngineError, UsageError
+from nbp_engines.errors import EngineError
+from nbp_errors import UsageError
 from nbp_export._extras import need
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")  # that TensorRT-RTX is asked for here
@@ -75,6 +76,18 @@ class Options:
     workspace: int | None = None
     level: int | None = None
     timing_cache: Path | None = None
+
+    def words(self) -> list[str]:
+        """The options of the command line that ask for these again."""
+        given = {
+            "--builder": self.builder,
+            "--arch": self.arch,
+            "--hardware-compat": None if self.compatibility == "none" else self.compatibility,
+            "--attention": None if self.decomposed is None else "decomposed" if self.decomposed else "fused",
+            "--workspace": None if self.workspace is None else self.workspace // 2**20,
+            "--level": self.level,
+        }
+        return [word for option, value in given.items() if value is not None for word in (option, str(value))]
 
     def settle(self) -> tuple[Library, "Options", str]:
         """The library, these options with the architecture filled in, and why it is that library.

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nbp_engines.bundle import Bundle
-from nbp_engines.errors import BundleError, NbpError
+from nbp_engines.errors import BundleError
 from nbp_engines.spec import BYTES
 from nbp_engines.strict import FLAG, TEXT, Rule, check, loads, matching, whole
+from nbp_errors import NbpError
 from nbp_export.graphs import TORCH_DTYPES
 from nbp_reference.config import ModelConfig, TokenizerConfig
 from nbp_reference.model import Block, NextBlockTransformer

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nbp_engines.cuda import bindings
-from nbp_engines.errors import EngineError, NbpError, UsageError
+from nbp_engines.errors import EngineError
+from nbp_errors import NbpError, UsageError
 from nbp_export._extras import need
 from nbp_reports.record import Record
 
@@ -286,7 +287,7 @@ def _open(case: Case, models: _Models, spec: "SystemSpec") -> "AbstractContextMa
     import torch
 
     from nbp_bench.engines import GraphsSession, ReferenceSession
-    from nbp_engines.session import open_session
+    from nbp_engines.registry import open_session
 
     if case.engine not in PYTORCH:
         torch.cuda.empty_cache()  # what torch keeps for itself, other libraries cannot have

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from nbp_export._commands import Commands, RuntimeName, runtime_help
 from nbp_export.cli import SIZES
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Commands, invoke_without_command=True)
 @click.version_option(package_name="nbp-export")
 @click.option("--sizes", help="Block sizes, such as 1,16,256: each fills rows, then whole rows, then frames.")
 @click.option("--blocks", help="Block shapes TxHxW, such as 1x1x16,1x4x4, beside or in place of --sizes.")
@@ -119,11 +120,7 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--top-k", type=click.IntRange(1), help="[default: the bundle's]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_number, help="[default: the bundle's]")
 @click.option("--threads", type=click.IntRange(1), help="Threads inside an operator.  [default: the runtime's own]")
-@click.option(
-    "--runtime",
-    type=click.Choice(["onnx", "cuda", "tensorrt"]),
-    help="ONNX Runtime on the CPU, its CUDA provider, or the bundle's engines.  [default: what it was made for]",
-)
+@click.option("--runtime", type=RuntimeName(), help=f"{runtime_help()}.  [default: what the bundle was made for]")
 def generate(temperature: float | None, top_k: int | None, top_p: float | None, **order: Any) -> None:
     """Write a video of what a bundle predicts from yours, or makes of a class; the given frames framed in blue.
 
@@ -136,13 +133,11 @@ def generate(temperature: float | None, top_k: int | None, top_p: float | None, 
 
     from nbp_bench.generate import Order
     from nbp_bench.generate import generate as make
-    from nbp_engines.errors import plain_warnings
 
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = {name: value for name, value in drawn.items() if value is not None}
     console = Console(stderr=True, highlight=False, markup=False)
-    with plain_warnings():
-        click.echo(make(console, Order(sampling=sampling, **order)))
+    click.echo(make(console, Order(sampling=sampling, **order)))
 
 
 def _pair(text: str) -> tuple[str, Path]:

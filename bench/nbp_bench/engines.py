@@ -160,12 +160,12 @@ class ReferenceSession(_TorchSession):
         layers = enumerate(zip(self.k_caches, self.v_caches, strict=True))
         return {f"{kv}_cache_{i}": cache for i, pair in layers for kv, cache in zip("kv", pair, strict=True)}
 
-    def write_caches(self, values: Mapping[str, np.ndarray]) -> None:
+    def write_states(self, values: Mapping[str, np.ndarray]) -> None:
         """Overwrite some caches, by name: for the proof."""
         for name, value in values.items():
             self._caches()[name].copy_(torch.from_numpy(value))
 
-    def read_caches(self) -> dict[str, np.ndarray]:
+    def read_states(self) -> dict[str, np.ndarray]:
         """All caches by name, [B,N,S,D], bf16 as float32: for the proof."""
         return {name: _host(cache) for name, cache in self._caches().items()}
 

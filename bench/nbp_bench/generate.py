@@ -14,11 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nbp_bench import video
 from nbp_engines.bundle import Bundle
-from nbp_engines.errors import UsageError
 from nbp_engines.generator import Clip, Generator, Timeline
-from nbp_engines.session import open_session
+from nbp_engines.registry import open_session
+from nbp_engines.sampling import Sampling
+from nbp_engines.session import Session
 from nbp_engines.spec import SystemSpec
 from nbp_engines.text import class_ids, listed_ids
+from nbp_errors import UsageError
 from nbp_reference import clips
 from nbp_reference.clips import Footage
 
@@ -45,7 +47,7 @@ class Order:
         scale: pixels that each becomes, squared; None to reach a fair size.
         sampling: what differs from the bundle's defaults, by name.
         threads: inside an operator; None for the runtime's own choice.
-        runtime: onnx, cuda or tensorrt; None for the one that the bundle was made for.
+        runtime: a name of the registry; None for the one that the bundle was made for.
     """
 
     bundle: Path
@@ -81,23 +83,24 @@ class _Condition(NamedTuple):
     text: np.ndarray | None = None
 
 
-@dataclass
-class _Watched(Generator):
-    """A generator that tells of every block."""
+class _WatchedGenerator(Generator):
+    """A generator that reports every block."""
 
-    told: Callable[[], None] = lambda: None
+    def __init__(self, session: Session, sampling: Sampling, report: Callable[[], None]) -> None:
+        super().__init__(session, sampling)
+        self._report = report
 
     def blocks(self, condition: np.ndarray, sample: int = 0, timeline: Timeline | None = None) -> Iterator[np.ndarray]:
         """The same blocks."""
         for clip in super().blocks(condition, sample, timeline):
-            self.told()
+            self._report()
             yield clip
 
 
 def generate(console: "Console", order: Order) -> str:
     """Make the video and return a line about it; what it is made from is printed before.
 
-    Raises UsageError for what the bundle cannot make and for a file that cannot be written, ReferenceError for a video
+    Raises UsageError for what the bundle cannot make and for a file that cannot be written, VideoError for a video
     that cannot be read.
     """
     with video.appearing(order.out, order.force) as partial:
@@ -136,7 +139,7 @@ def _make(console: "Console", order: Order, bundle: Bundle, condition: _Conditio
     ):
         task = progress.add_task("blocks", total=batches * spec.blocks)
         sampling = replace(bundle.manifest.sampling, **order.sampling)
-        generator = _Watched(session, sampling, told=lambda: progress.advance(task))
+        generator = _WatchedGenerator(session, sampling, lambda: progress.advance(task))
         # A clip's noise is that of its own seed, whatever batch it is made in.
         samples = [order.seed + batch * spec.batch for batch in range(batches)]
         if condition.text is not None:

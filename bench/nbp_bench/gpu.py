@@ -25,7 +25,8 @@ import click
 import numpy as np
 
 from nbp_bench.case import PYTORCH, Case, Result, export, measure, profiled
-from nbp_engines.errors import EngineError, UsageError
+from nbp_engines.errors import EngineError
+from nbp_errors import UsageError
 from nbp_export._extras import need
 from nbp_reports import markdown, record, table
 from nbp_reports.record import Record

@@ -15,10 +15,11 @@ from nbp_bench.machine import available_memory, describe
 from nbp_bench.video import to_float, windows
 from nbp_bench.worker import Job, Result, Worker, agreement, clip_fields
 from nbp_engines.bundle import Bundle
-from nbp_engines.errors import BundleError, UsageError
+from nbp_engines.errors import BundleError
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
 from nbp_engines.text import class_ids
+from nbp_errors import UsageError
 from nbp_export.graphs import system_spec
 from nbp_export.onnx_bundle import export
 from nbp_export.proof import versions

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nbp_engines.errors import UsageError
 from nbp_engines.spec import SystemSpec
+from nbp_errors import UsageError
 from nbp_reference import clips
 
 # Told apart by any eye: Okabe and Ito's blue and orange.
@@ -30,7 +30,7 @@ def windows(spec: SystemSpec, video: Path | None, count: int) -> tuple[list[np.n
     Each begins with the frames that are given; what follows them is the truth, as far as the video goes. A named file
     is used whole; of the bundled clip, the part that no training has seen.
 
-    Raises UsageError for a video with too few frames, ReferenceError for one that cannot be read.
+    Raises UsageError for a video with too few frames, VideoError for one that cannot be read.
     """
     frames, height, _ = spec.video
     path = video or clips.find(clips.DEFAULT_CLIP)

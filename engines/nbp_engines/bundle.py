@@ -16,9 +16,9 @@ from typing import Any, Self
 from nbp_engines.errors import BundleError, ReceiptWarning
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import GraphSpec, SystemSpec
-from nbp_engines.strict import ANYTHING, FLAG, FROM_0, TEXT, Kind, Rule, check, loads, matching, number, whole
+from nbp_engines.strict import ANYTHING, FLAG, FROM_0, TEXT, Rule, check, loads, matching, number, whole
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
 MAX_BUFFERS = 2**40  # bytes: no machine has them, and no model of the paper comes near
@@ -34,7 +34,7 @@ SPEC_RULES: Rule = {
     for dimension in [whole(0, 2**31 - 1) if field.name in MAY_BE_0 else DIMENSION]
 } | {"dtype": matching("fp32, fp16 or bf16", "fp32|fp16|bf16"), "layers": whole(1, 4096)}
 MANIFEST_RULES: Rule = {
-    "schema": Kind(f"{SCHEMA}, which this version reads: export it again", lambda v: type(v) is int and v == SCHEMA),
+    "schema": whole(SCHEMA, SCHEMA),
     "runtime": TEXT,
     "spec": SPEC_RULES,
     "graphs": {...: NAME},
@@ -57,7 +57,7 @@ MANIFEST_RULES: Rule = {
     },
     "words": [TEXT],
     "versions": {...: TEXT},
-    "provenance": {"note": TEXT, ...: ANYTHING},
+    "provenance": {"note": TEXT, "command": TEXT, ...: ANYTHING},
     "signatures": {...: ANYTHING},
 }
 CHECK_RULES: Rule = {"graph": TEXT, "at": TEXT, "tolerance": FROM_0, "worst": FROM_0, "where": TEXT}
@@ -122,13 +122,31 @@ class Engine:
     version: str
 
 
+def _check_schema(data: Any) -> None:
+    """Raise BundleError, with the command that makes the bundle again, for a manifest of another version."""
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema == SCHEMA or type(schema) is not int:
+        return
+    provenance = data.get("provenance")
+    known = provenance if isinstance(provenance, dict) else {}
+    again = next(
+        (
+            f"`{known[key]}`" if key == "command" else f"`nbp-export` from its model ({known[key]})"
+            for key in ("command", "note")
+            if TEXT.test(known.get(key)) and known[key]
+        ),
+        "`nbp-export`",
+    )
+    raise BundleError(f"manifest.schema is {schema}, this version reads {SCHEMA}: export it again with {again}")
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a bundle is.
 
     Attributes:
         schema: version of this layout.
-        runtime: the kind of session that it was made for, `onnx` or `tensorrt`; the graphs of either run in `onnx`.
+        runtime: the name of the runtime that it was made for; its ONNX graphs run in ONNX Runtime whichever it is.
         spec: all static numbers; the graphs' inputs and outputs follow from it.
         graphs: graph name → file name.
         engines: built from those graphs.
@@ -137,7 +155,8 @@ class Manifest:
         sampling: the defaults to generate with.
         words: the text word of each id, where a class-conditional model brings its own; else empty.
         versions: of the tools that made it.
-        provenance: the command that made it, and whatever a reader must know.
+        provenance: the command that made it, empty for a model that was handed over in Python, and what a reader must
+            know.
     """
 
     schema: int
@@ -157,14 +176,19 @@ class Manifest:
         known = self.spec.graphs()
         return {name: known[name] for name in self.graphs}
 
+    @property
+    def made(self) -> str:
+        """How the bundle was made, as a clause for messages that ask to make it again."""
+        command = self.provenance["command"]
+        return f"it was made by `{command}`" if command else "it was made by `nbp_export.onnx_bundle.export` in Python"
+
     def buffers(self) -> dict[str, int]:
-        """Bytes that a session allocates for `caches`, one set for all graphs, and each graph's `inputs`, `outputs`."""
-        graphs, caches = self.graph_specs().values(), self.spec.caches()
-        shared = {cache.name for cache in caches}
+        """Bytes that a session allocates for `states`, one set for all graphs, and each graph's `inputs`, `outputs`."""
+        graphs = self.graph_specs().values()
         tensors = {
-            "caches": caches,
-            "inputs": [t for graph in graphs for t in graph.inputs if t.name not in shared],
-            "outputs": [t for graph in graphs for t in graph.outputs if t.name not in graph.aliases],
+            "states": {t.name: t for graph in graphs for t in graph.state_tensors()}.values(),
+            "inputs": [t for graph in graphs for t in graph.arguments()],
+            "outputs": [t for graph in graphs for t in graph.results()],
         }
         return {use: sum(t.nbytes for t in those) for use, those in tensors.items()}
 
@@ -180,6 +204,7 @@ class Manifest:
     @classmethod
     def from_json(cls, data: Any) -> Self:
         """Build from `to_json`'s values; raises BundleError, naming the place, for any that are wrong or impossible."""
+        _check_schema(data)
         check(data, MANIFEST_RULES, "manifest")
         made: dict[str, Any] = {
             "spec": SystemSpec.from_json(data["spec"]),
@@ -225,8 +250,6 @@ class Manifest:
         built = Counter(graph for engine in self.engines for graph in engine.graphs)
         if built and built != Counter(self.graphs.keys()):
             yield f"engines hold the graphs {sorted(built.elements())}, where {sorted(self.graphs)} are due"
-        if self.runtime == "tensorrt" and not built:
-            yield "it was made for tensorrt and has no engine"
         if json.loads(json.dumps({name: asdict(graph) for name, graph in self.graph_specs().items()})) != signatures:
             yield "the signatures do not follow from the spec"
 

@@ -64,21 +64,9 @@ class Device:
     @classmethod
     def open(cls, index: int = 0) -> Self:
         """The GPU of this number. Raises EngineError if there is none, no cuda-python, no driver or too old a one."""
+        if why := no_gpu(index):
+            raise EngineError(why)
         rt = bindings("runtime")
-        served = call(rt.cudaDriverGetVersion)
-        driver = f"{served // 1000}.{served % 1000 // 10}"
-        if not served:
-            raise EngineError(
-                "there is no NVIDIA driver here: engines run on a GPU; the runtime onnx runs the same graphs on a CPU"
-            )
-        if served < CUDA * 1000:
-            raise EngineError(
-                f"the NVIDIA driver serves CUDA {driver}, {CUDA}.0 is needed: install driver 580 or later"
-            )
-        status, count = rt.cudaGetDeviceCount()
-        if status.value or not index < count:
-            found = status.name if status.value else f"{count} found, number {index} asked for"
-            raise EngineError(f"there is no GPU to run on: {found}. CUDA_VISIBLE_DEVICES may hide it")
         call(rt.cudaSetDevice, index)
         known = call(rt.cudaGetDeviceProperties, index)
         # One that does not wait for the default stream, where other libraries work.
@@ -130,6 +118,31 @@ class Device:
         self.close()
 
 
+def no_gpu(index: int = 0) -> str | None:
+    """Why the GPU of this number cannot be used, with the cure; None if it can."""
+    try:
+        rt = bindings("runtime")
+    except EngineError as error:
+        return error.message
+    served = call(rt.cudaDriverGetVersion)
+    if not served:
+        return "no NVIDIA driver: it runs on a GPU; the runtime ort-cpu runs the same graphs on a CPU"
+    if served < CUDA * 1000:
+        driver = f"{served // 1000}.{served % 1000 // 10}"
+        return f"the NVIDIA driver serves CUDA {driver}, {CUDA}.0 is needed: install driver 580 or later"
+    status, count = rt.cudaGetDeviceCount()
+    if status.value or not index < count:
+        found = status.name if status.value else f"{count} found, number {index} asked for"
+        return f"there is no GPU to run on: {found}. CUDA_VISIBLE_DEVICES may hide it"
+    return None
+
+
+def gpu_name() -> str:
+    """The name of the GPU. Raises EngineError if there is none."""
+    with Device.open() as device:
+        return device.name
+
+
 class Buffer:
     """A tensor on the device. bf16 comes and goes as float32, rounded to the nearest even on the way in."""
 
@@ -170,7 +183,7 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def enqueue_copy(device: Device, to: int, source: int, nbytes: int, way: str) -> None:
-    """Enqueue a copy between addresses; `way` is `HostToDevice` or `DeviceToHost`."""
+    """Enqueue a copy between addresses; `way` is `HostToDevice`, `DeviceToHost` or `DeviceToDevice`."""
     rt = bindings("runtime")
     kind = getattr(rt.cudaMemcpyKind, f"cudaMemcpy{way}")
     call(rt.cudaMemcpyAsync, to, source, nbytes, kind, device.stream)

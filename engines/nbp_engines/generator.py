@@ -5,14 +5,14 @@ Shape legend: B batch, L tokens in a block, P condition tokens, F video frames.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from nbp_engines.errors import UsageError
 from nbp_engines.noise import uniforms
 from nbp_engines.sampling import Sampling
 from nbp_engines.session import Session
+from nbp_errors import UsageError
 
 
 class Timeline:
@@ -54,19 +54,19 @@ class Clip:
     timeline: Timeline
 
 
-@dataclass
 class Generator:
     """Generates clips on any session.
 
     Attributes:
-        session: the runtime.
-        sampling: how tokens are drawn.
+        session: what computes.
+        sampling: how tokens are drawn; the settings that the session's model comes with if None is given.
         seed: of the noise; clip b of a batch takes the noise of sample `sample + b`.
     """
 
-    session: Session
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
+    def __init__(self, session: Session, sampling: Sampling | None = None, seed: int = 0) -> None:
+        self.session = session
+        self.sampling = sampling or session.sampling
+        self.seed = seed
 
     def predict(self, frames: np.ndarray, sample: int = 0) -> Clip:
         """Predict the rest of the clip after `frames`, float32 [B,3,F,H,W] in [0,1].

@@ -1,14 +1,13 @@
-"""What every runtime looks like from outside: five calls on numpy arrays.
+"""What every runtime looks like from outside: five calls.
 
-Logits may stay where they were made, on a GPU: `sample` of the same session takes them as they are, `np.asarray` brings
-them.
+They take numpy arrays. Logits may stay where they were made, on a GPU: `sample` of the same session takes them as they
+are, and `np.asarray` brings them to the host.
 
 Shape legend: B batch, T tokens in the call, L tokens in a block, P condition tokens, V vocabulary, F video frames.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -23,6 +22,7 @@ class Session(Protocol):
     """One loaded system with its buffers. Arrays that a call returns are valid until the next call of that name."""
 
     spec: SystemSpec
+    sampling: Sampling  # the settings that its model comes with
 
     def encode(self, video: np.ndarray) -> np.ndarray:
         """Condition tokens int64 [B,P], raster order, of the given frames float32 [B,3,F,H,W] in [0,1]."""
@@ -31,7 +31,7 @@ class Session(Protocol):
     def prefill(self, tokens: np.ndarray) -> Any:
         """Start over with the condition [B,P] in block order; logits [B,L,V] of the first block.
 
-        After a hybrid's text the logits mean nothing: begin-of-video is yet to come.
+        A hybrid's prefill predicts nothing: its logits follow the text, before begin-of-video.
         """
         ...
 
@@ -61,7 +61,7 @@ class Session(Protocol):
 
 
 class Graph(Protocol):
-    """One graph with its bindings. `run` is given inputs that fit its spec."""
+    """One graph with its bindings. `run` gets all arguments of its spec, and no others."""
 
     spec: GraphSpec
 
@@ -74,34 +74,60 @@ class GraphSession(ABC):
     """A session on a bundle's graphs, whatever runs them.
 
     Attributes:
-        spec: of the bundle.
+        bundle: which one.
         graphs: those that are open, by name.
     """
 
-    spec: SystemSpec
     graphs: Mapping[str, Graph]
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.spec: SystemSpec = bundle.manifest.spec
+        self.sampling: Sampling = bundle.manifest.sampling
+
+    def opened(self, graphs: Collection[str] | None) -> dict[str, GraphSpec]:
+        """The specs of the graphs to open, all of the bundle's if None. Raises EngineError for one it does not have."""
+        specs = self.bundle.manifest.graph_specs()
+        for name in graphs or ():
+            if name not in specs:
+                raise EngineError(self._absence(name))
+        return {name: spec for name, spec in specs.items() if graphs is None or name in graphs}
+
+    def _absence(self, graph: str) -> str:
+        """Why a graph cannot be run: there is no such name, the bundle has none, or it was not opened."""
+        path, known, present = self.bundle.path, self.spec.graphs(), self.bundle.manifest.graphs
+        if graph in present:
+            return f"{path}: {graph} is in the bundle but was not opened; this session has {', '.join(self.graphs)}"
+        if graph in known:
+            return f"{path} has no {graph} graph: export it with --tokenizer FILE"
+        return f"{path}: there is no graph {graph!r}; its graphs are {', '.join(present)}"
 
     def run(self, graph: str, **inputs: np.ndarray) -> Any:
         """Run one graph on named inputs; its first output, an array or logits, valid until the graph's next run.
 
-        Raises EngineError if the bundle has no such graph, or the input has another dtype or shape.
+        Raises EngineError if the graph is not open, if an input is missing or unknown, or has another dtype or shape.
         """
         if graph not in self.graphs:
-            raise EngineError(f"the bundle has no {graph} graph: export it with --tokenizer FILE")
-        for tensor in self.graphs[graph].spec.inputs:
-            if (value := inputs.get(tensor.name)) is not None:
-                due = f"{np.dtype(NUMPY_DTYPES[tensor.dtype])} {list(tensor.shape)}"
-                if (found := f"{value.dtype} {list(value.shape)}") != due:
-                    raise EngineError(f"{graph}: {tensor.name} is {found}, the graph takes {due}")
+            raise EngineError(self._absence(graph))
+        arguments = {tensor.name: tensor for tensor in self.graphs[graph].spec.arguments()}
+        if odd := arguments.keys() ^ inputs.keys():
+            missing, unknown = sorted(odd - inputs.keys()), sorted(odd - arguments.keys())
+            parts = [f"misses {', '.join(missing)}"] * bool(missing) + [f"has no {', '.join(unknown)}"] * bool(unknown)
+            raise EngineError(f"{graph} {' and '.join(parts)}: its inputs are {', '.join(arguments)}")
+        for name, value in inputs.items():
+            tensor = arguments[name]
+            expected = f"{np.dtype(NUMPY_DTYPES[tensor.dtype])} {list(tensor.shape)}"
+            if (given := f"{value.dtype} {list(value.shape)}") != expected:
+                raise EngineError(f"{graph}: {name} is {given}, the graph takes {expected}")
         return self.graphs[graph].run(inputs)
 
     @abstractmethod
-    def write_caches(self, values: Mapping[str, np.ndarray]) -> None:
-        """Overwrite some caches, by name, [B,N,S,D]: the proof of parity fills them with garbage."""
+    def write_states(self, values: Mapping[str, np.ndarray]) -> None:
+        """Overwrite some states, by the names of their inputs: the proof of parity fills caches with garbage."""
 
     @abstractmethod
-    def read_caches(self) -> dict[str, np.ndarray]:
-        """All caches by name, [B,N,S,D]; the next call may change them. bf16 ones come as float32."""
+    def read_states(self) -> dict[str, np.ndarray]:
+        """All states by the names of their inputs; the next call may change them. bf16 ones come as float32."""
 
     @abstractmethod
     def close(self) -> None:
@@ -137,49 +163,6 @@ class GraphSession(ABC):
         self.close()
 
 
-def own(spec: GraphSpec) -> list[TensorSpec]:
-    """The inputs and outputs of a graph that are no caches, and so its alone."""
-    caches = {*spec.aliases, *spec.aliases.values()}
-    return [tensor for tensor in (*spec.inputs, *spec.outputs) if tensor.name not in caches]
-
-
-RUNTIMES = ("onnx", "cuda", "tensorrt")
-
-
-def open_session(
-    bundle: Bundle | Path | str,
-    threads: int | None = None,
-    require_receipt: bool = False,
-    runtime: str | None = None,
-    graphs: Collection[str] | None = None,
-) -> GraphSession:
-    """Open a bundle, or only some of its graphs, with the runtime it was made for or another one.
-
-    Args:
-        bundle: opened, or its folder.
-        threads: inside an operator, on a CPU; the runtime's own choice if None.
-        require_receipt: refuse a bundle that nothing proves.
-        runtime: `onnx`, ONNX Runtime on the CPU; `cuda`, its CUDA provider; `tensorrt`, the bundle's engines. The last
-            two have never been executed on a GPU by us.
-        graphs: names; all if None.
-
-    Raises BundleError if it is not an intact bundle, or has no valid receipt where one is required, EngineError if the
-    runtime is not installed or refuses it.
-    """
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle), require_receipt)
-    if require_receipt:
-        opened.prove()
-    chosen = runtime or opened.manifest.runtime
-    if chosen == "onnx":
-        from nbp_engines.ort import OrtSession
-
-        return OrtSession(opened, threads, graphs)
-    if chosen == "cuda":
-        from nbp_engines.ort import OrtCudaSession
-
-        return OrtCudaSession(opened, threads, graphs)
-    if chosen == "tensorrt":
-        from nbp_engines.trt import TrtSession
-
-        return TrtSession(opened, graphs)
-    raise EngineError(f"{opened.path} is for runtime {chosen!r}, which this version cannot run: {', '.join(RUNTIMES)}")
+def state_tensors(specs: Iterable[GraphSpec]) -> dict[str, TensorSpec]:
+    """What a session allocates once for all of its graphs: each state's tensor, by the name of its input."""
+    return {tensor.name: tensor for spec in specs for tensor in spec.state_tensors()}

@@ -6,6 +6,7 @@ N heads, D head dim, V vocabulary, F frames, T×H×W latent frames, rows and col
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from math import prod
 from typing import Any, Self
 
@@ -17,21 +18,30 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output of a graph."""
+    """One input or output of a graph.
+
+    Attributes:
+        name, dtype, shape: as in the graph.
+        token_axis: the axis that counts tokens, which a graph may leave open, so that one graph serves prefill and
+            steps; None where everything is static.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    token_axis: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Its size in memory."""
         return prod(self.shape) * BYTES[self.dtype]
 
-    def settled(self, dims: Sequence[int | str]) -> tuple[int | str, ...]:
-        """Dimensions that a graph declares; its number of tokens, where a name leaves it open, is this one's."""
-        counts = self.name in ("tokens", "logits") and len(dims) == len(self.shape)
-        return (dims[0], self.shape[1], *dims[2:]) if counts and isinstance(dims[1], str) else tuple(dims)
+    def pinned(self, dims: Sequence[int | str]) -> tuple[int | str, ...]:
+        """Dimensions that a graph declares, its token axis pinned to this tensor's size where a name leaves it open."""
+        axis = self.token_axis
+        if axis is None or len(dims) != len(self.shape) or not isinstance(dims[axis], str):
+            return tuple(dims)
+        return (*dims[:axis], self.shape[axis], *dims[axis + 1 :])
 
     def empty(self) -> np.ndarray:
         """A zeroed buffer for it."""
@@ -40,18 +50,63 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class State:
+    """What a graph carries from one run to the next.
+
+    Attributes:
+        input, output: the names of the tensors that hold it before and after a run.
+        in_place: whether the output must lie in the input's memory, of which the graph then writes a few rows; else
+            the output is copied to the input after the run.
+    """
+
+    input: str
+    output: str
+    in_place: bool
+
+
+class GraphKind(StrEnum):
+    """What a graph does. Rules and checks are chosen by it."""
+
+    ENCODE = "encode"
+    BLOCK_STEP = "block_step"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
 class GraphSpec:
-    """One graph. `aliases` maps each cache output to the input whose memory it must share."""
+    """One graph.
+
+    Attributes:
+        name: unique in its bundle.
+        kind: what it does; a prefill is a block step of more tokens.
+        inputs, outputs: in the graph's order.
+        states: what it carries from run to run. Graphs whose states have the same input share that memory.
+    """
 
     name: str
+    kind: GraphKind
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    states: tuple[State, ...] = ()
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Output name → input name, for the caches."""
-        names = {t.name for t in self.inputs}
-        return {t.name: t.name[:-4] for t in self.outputs if t.name.endswith("_out") and t.name[:-4] in names}
+        """Output name → input name, for the states that are updated in place."""
+        return {state.output: state.input for state in self.states if state.in_place}
+
+    def state_tensors(self) -> tuple[TensorSpec, ...]:
+        """The inputs that hold states, in the graph's order."""
+        names = {state.input for state in self.states}
+        return tuple(t for t in self.inputs if t.name in names)
+
+    def arguments(self) -> tuple[TensorSpec, ...]:
+        """The inputs that a caller gives, which are those that hold no state."""
+        names = {state.input for state in self.states}
+        return tuple(t for t in self.inputs if t.name not in names)
+
+    def results(self) -> tuple[TensorSpec, ...]:
+        """The outputs that need memory of their own: all but those in the memory of an input."""
+        return tuple(t for t in self.outputs if t.name not in self.aliases)
 
 
 @dataclass(frozen=True)
@@ -153,19 +208,26 @@ class SystemSpec:
         shape = (self.batch, self.heads, self.capacity, self.head_dim)
         return tuple(TensorSpec(f"{kv}_cache_{i}", self.dtype, shape) for i in range(self.layers) for kv in "kv")
 
-    def _stepping(self, name: str, tokens: int) -> GraphSpec:
+    def _block_step(self, name: str, tokens: int) -> GraphSpec:
         caches = self.caches()
+        states = tuple(State(cache.name, f"{cache.name}_out", in_place=True) for cache in caches)
+        logits = (self.batch, min(tokens, self.block_size), self.vocab)
         return GraphSpec(
             name,
+            GraphKind.BLOCK_STEP,
             (
-                TensorSpec("tokens", "int64", (self.batch, tokens)),
+                TensorSpec("tokens", "int64", (self.batch, tokens), token_axis=1),
                 TensorSpec("cache_pos", "int64", (self.batch,)),
                 *caches,
             ),
             (
-                TensorSpec("logits", self.dtype, (self.batch, min(tokens, self.block_size), self.vocab)),
-                *(TensorSpec(f"{c.name}_out", c.dtype, c.shape) for c in caches),
+                TensorSpec("logits", self.dtype, logits, token_axis=1),
+                *(
+                    TensorSpec(state.output, cache.dtype, cache.shape)
+                    for state, cache in zip(states, caches, strict=True)
+                ),
             ),
+            states,
         )
 
     def generator_graphs(self) -> dict[str, GraphSpec]:
@@ -173,7 +235,7 @@ class SystemSpec:
         sizes = {"prefill": self.condition_tokens, "step": self.block_size}
         if self.hybrid and self.block_size > 1:
             sizes["step_1"] = 1
-        return {name: self._stepping(name, size) for name, size in sizes.items()}
+        return {name: self._block_step(name, size) for name, size in sizes.items()}
 
     def tokenizer_graphs(self) -> dict[str, GraphSpec]:
         """`encode`, of the given frames if there are any, and `decode`, to the whole clip; tokens in raster order."""
@@ -182,8 +244,8 @@ class SystemSpec:
         whole = TensorSpec("video", "fp32", (self.batch, 3, frames, height, width))
         condition = TensorSpec("tokens", "int64", (self.batch, self.condition_tokens))
         clip = TensorSpec("tokens", "int64", (self.batch, self.clip_tokens))
-        encode = {} if self.hybrid else {"encode": GraphSpec("encode", (given,), (condition,))}
-        return encode | {"decode": GraphSpec("decode", (clip,), (whole,))}
+        encode = {} if self.hybrid else {"encode": GraphSpec("encode", GraphKind.ENCODE, (given,), (condition,))}
+        return encode | {"decode": GraphSpec("decode", GraphKind.DECODE, (clip,), (whole,))}
 
     def graphs(self) -> dict[str, GraphSpec]:
         """All that a bundle may hold, by name."""

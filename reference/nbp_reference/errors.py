@@ -1,17 +1,17 @@
-"""What can be wrong with what a user hands the reference: one family, each message with its cure."""
+"""What can be wrong with what a user hands the reference."""
 
-import click
-
-
-class ReferenceError(click.ClickException):  # noqa: A001 - the builtin of this name is about weakrefs
-    """Root of the family. Being a `ClickException`, any command prints it as one line and exits with 1."""
+from nbp_errors import NbpError
 
 
-class BlockShapeError(ReferenceError):
+class BlockShapeError(NbpError):
     """A block shape that cannot be read or does not tile its latent."""
 
     exit_code = 2
 
 
-class CheckpointError(ReferenceError):
+class CheckpointError(NbpError):
     """A checkpoint that cannot be loaded: the message names the file, the key and the shapes."""
+
+
+class VideoError(NbpError):
+    """A video that cannot be read."""

@@ -1,7 +1,7 @@
 """What can be wrong with records."""
 
-import click
+from nbp_errors import NbpError
 
 
-class RecordError(click.ClickException):
-    """A file that does not hold records of this version; any command prints it as one line and exits with 1."""
+class RecordError(NbpError):
+    """A file that does not hold records that this version reads."""

@@ -16,8 +16,9 @@ from nbp_bench.cli import main
 from nbp_bench.sweep import Plan, sweep
 from nbp_bench.video import to_float, to_uint8, windows
 from nbp_bench.worker import ENGINES, Job, Worker
-from nbp_engines.errors import EngineError, UsageError
+from nbp_engines.errors import EngineError
 from nbp_engines.sampling import GREEDY, Sampling
+from nbp_errors import UsageError
 from nbp_export.graphs import system_spec
 from nbp_export.sources import Request
 from nbp_reference.config import MODELS, TOKENIZERS

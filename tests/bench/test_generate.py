@@ -21,8 +21,8 @@ from nbp_bench import video
 from nbp_bench.cli import main
 from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.generator import Generator
+from nbp_engines.registry import open_session
 from nbp_engines.sampling import GREEDY, Sampling
-from nbp_engines.session import open_session
 from nbp_export.onnx_bundle import export
 from nbp_export.sources import Source
 from nbp_reference import clips

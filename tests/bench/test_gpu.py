@@ -333,8 +333,8 @@ def test_caches_come_and_go_by_name() -> None:
     model = small_generator("1x1x4")
     reference = ReferenceSession(system_spec(model.config, None, "bf16", 1), model, None)
     given = {t.name: np.full(t.shape, i / 8, np.float32) for i, t in enumerate(reference.spec.caches())}
-    reference.write_caches(given)
-    found = reference.read_caches()
+    reference.write_states(given)
+    found = reference.read_states()
     assert found.keys() == given.keys()
     assert all((found[name] == given[name]).all() for name in given)
     assert (reference.v_caches[1] == 3 / 8).all()
@@ -375,7 +375,7 @@ def test_the_compiled_step_is_the_same() -> None:
         P, L = spec.condition_tokens, spec.block_size
         outputs = [engine.prefill(tokens[:, :P])]
         outputs += [engine.step(tokens[:, at : at + L], np.array([at, at])) for at in (P, P + L)]
-        return [*outputs, *engine.read_caches().values()]
+        return [*outputs, *engine.read_states().values()]
 
     model = small_generator("1x1x4")
     for ours, due in zip(steps(True, model), steps(False, model), strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nbp_bench import video
-from nbp_engines.errors import UsageError
+from nbp_errors import UsageError
 
 RATE = Fraction(25)
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from nbp_engines import generator as module
-from nbp_engines.errors import UsageError
 from nbp_engines.generator import Generator
 from nbp_engines.noise import uniforms
 from nbp_engines.sampling import GREEDY, Sampling, sample
 from nbp_engines.spec import SystemSpec
+from nbp_errors import UsageError
 
 V = 40
 BLOCKS = [(1, 1, 1), (1, 1, 4), (1, 2, 2), (1, 4, 4), (2, 1, 1), (2, 2, 2), (2, 4, 4)]
@@ -58,6 +58,7 @@ class FakeSession:
 
     def __init__(self, spec: SystemSpec) -> None:
         self.spec = spec
+        self.sampling = Sampling()
         self.cache = np.full((spec.batch, spec.capacity), -1)
         self.calls: list[tuple[str, Any]] = []
         self.now = 0

@@ -19,12 +19,12 @@ from nbp_engines import cuda, ort, trt
 from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.errors import EngineError
 from nbp_engines.generator import Generator
+from nbp_engines.registry import RUNTIMES, open_session
 from nbp_engines.sampling import GREEDY
-from nbp_engines.session import open_session
 from nbp_export import parity
 from nbp_export.cli import main
 from nbp_export.onnx_bundle import export
-from nbp_export.parity import ParityError, check_generator, check_tokenizer
+from nbp_export.parity import ParityError, Reference, check_bundle
 from nbp_export.proof import prove_again
 from nbp_export.sources import Request, Source, find
 from tests.engines.emulated import Gpu, emulated, with_engines
@@ -33,7 +33,7 @@ from tests.export.support import Exported
 from tests.support import golden, golden_hybrid
 
 Exporter = Callable[..., Exported]
-GPU_RUNTIMES = ["tensorrt", "cuda"]
+GPU_RUNTIMES = ["tensorrt", "ort-cuda"]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.mark.parametrize("runtime", GPU_RUNTIMES)
 def test_nbp_tiny_predicts_what_it_does_on_the_cpu(tiny: Bundle, gpu: Gpu, runtime: str) -> None:
-    with open_session(tiny, 1, runtime="onnx") as session:
+    with open_session(tiny, 1, runtime="ort-cpu") as session:
         expected = Generator(session, seed=3).predict(frames(tiny))
     with open_session(tiny, runtime=runtime) as session:
         found = Generator(session, seed=3).predict(frames(tiny))
@@ -81,7 +81,7 @@ def test_nbp_tiny_predicts_what_it_does_on_the_cpu(tiny: Bundle, gpu: Gpu, runti
 @pytest.mark.parametrize("runtime", GPU_RUNTIMES)
 def test_the_authors_hybrid_draws_its_golden_tokens(runtime: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     case, out = golden("ucf_L4"), tmp_path_factory.mktemp("golden") / "bundle"
-    bundle = with_engines(export(Source("ucf", golden_hybrid(), None, True, "golden"), out, one_graph=True))
+    bundle = with_engines(export(Source("ucf", golden_hybrid(), None, True, "golden"), out, "fp32", one_graph=True))
     with open_session(bundle, runtime=runtime) as session:
         for clip in Generator(session, GREEDY).blocks(case["text"].numpy().astype(np.int64)):
             found = clip
@@ -90,7 +90,7 @@ def test_the_authors_hybrid_draws_its_golden_tokens(runtime: str, tmp_path_facto
 
 def test_the_kernel_itself_draws_the_same_tokens(engines: Callable[..., Exported]) -> None:
     bundle = engines("fp16").bundle
-    with open_session(bundle, 1, runtime="onnx") as session:
+    with open_session(bundle, 1, runtime="ort-cpu") as session:
         expected = Generator(session, seed=1).predict(frames(bundle)).tokens
 
     def kernel(logits: np.ndarray, uniforms: np.ndarray, settings: Any, dtype: str) -> np.ndarray:
@@ -107,14 +107,17 @@ def test_the_kernel_itself_draws_the_same_tokens(engines: Callable[..., Exported
 @pytest.mark.parametrize("batch", [1, 2])
 def test_parity_through_a_gpus_session(engines: Callable[..., Exported], gpu: Gpu, runtime: str, batch: int) -> None:
     bundle, source = engines("fp32", batch)
-    checks = [*check_generator(bundle, source.generator, runtime=runtime)]
+    checks = [*check_bundle(bundle, Reference(source.generator), RUNTIMES[runtime])]
     assert source.tokenizer is not None
-    checks += check_tokenizer(bundle, source.tokenizer, runtime=runtime)
+    checks += check_bundle(bundle, Reference(None, source.tokenizer), RUNTIMES[runtime])
     assert {check.graph for check in checks} == {"prefill", "step", "encode", "decode"}
     assert any(name == ("replay" if runtime == "tensorrt" else "onnxruntime") for name in gpu.log)
     assert [c.at for c in checks] == [
         c.at
-        for part in (check_generator(bundle, source.generator), check_tokenizer(bundle, source.tokenizer))
+        for part in (
+            check_bundle(bundle, Reference(source.generator)),
+            check_bundle(bundle, Reference(None, source.tokenizer)),
+        )
         for c in part
     ]
 
@@ -122,7 +125,7 @@ def test_parity_through_a_gpus_session(engines: Callable[..., Exported], gpu: Gp
 @pytest.mark.usefixtures("gpu")
 def test_bf16_is_computed_in_bf16(engines: Callable[..., Exported]) -> None:
     bundle, source = engines("bf16")
-    checks = [*check_generator(bundle, source.generator, runtime="tensorrt")]
+    checks = [*check_bundle(bundle, Reference(source.generator), RUNTIMES["tensorrt"])]
     assert {check.tolerance for check in checks} == {0.0, parity.TOLERANCE["bf16"]}
     assert 1e-4 < max(check.worst for check in checks) < parity.TOLERANCE["bf16"]
 
@@ -134,11 +137,11 @@ def test_a_receipt_says_what_ran_where(engines: Callable[..., Exported]) -> None
     receipt = prove_again(bundle.path, runtime="tensorrt").receipt()
     assert receipt is not None
     assert receipt["executed"] == f"in fp16 by tensorrt_rtx {version} on Emulated"
-    assert receipt["runtime"] == f"tensorrt_rtx {version}"
+    assert receipt["runtime"] == "tensorrt"
     assert {"cuda-bindings", "tensorrt-rtx"} <= receipt["versions"].keys()
-    receipt = prove_again(bundle.path, runtime="cuda").receipt()
+    receipt = prove_again(bundle.path, runtime="ort-cuda").receipt()
     assert receipt is not None
-    assert receipt["executed"] == "in fp16 by ONNX Runtime, CUDA provider on Emulated"
+    assert receipt["executed"] == "in fp16 by ONNX Runtime's CUDA provider on Emulated"
 
 
 def test_a_missing_gpu_voids_no_receipt(engines: Callable[..., Exported]) -> None:
@@ -159,7 +162,7 @@ def test_verify_runs_what_it_is_told_to(engines: Callable[..., Exported]) -> Non
     with emulated(Gpu(served=0)):
         done = CliRunner().invoke(main, ["verify", str(path), "--runtime", "tensorrt"])
     assert done.exit_code == 1
-    assert "Error: there is no NVIDIA driver here" in done.output
+    assert "Error: no NVIDIA driver" in done.output
 
 
 @pytest.mark.usefixtures("gpu")
@@ -204,7 +207,7 @@ def test_some_graphs_alone(engines: Callable[..., Exported]) -> None:
     (bundle.path / "generator.engine").unlink()
     with open_session(bundle, graphs=["decode"]) as session:
         assert session.decode(np.zeros((1, 80), np.int64)).shape == (1, 3, 17, 16, 16)
-        with pytest.raises(EngineError, match="has no step graph"):
+        with pytest.raises(EngineError, match="step is in the bundle but was not opened; this session has decode"):
             session.step(np.zeros((1, 4), np.int64), np.array([32]))
 
 
@@ -217,8 +220,8 @@ def test_caches_come_and_go(engines: Callable[..., Exported]) -> None:
             name: (rng.standard_normal(shape).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
             for name, shape in shapes.items()
         }
-        session.write_caches(given)
-        found = session.read_caches()
+        session.write_states(given)
+        found = session.read_states()
         assert all(np.array_equal(found[name], given[name]) for name in shapes)
 
 
@@ -239,14 +242,16 @@ REFUSED: dict[str, tuple[Gpu, dict[str, Any], str]] = {
     "another architecture": (
         Gpu(),
         {"arch": "sm86"},
-        r"encode\.engine was built for sm86, Emulated is sm80: build .* `nbp-export trt .* --arch sm80 --builder rtx`",
+        r"encode\.engine was built for sm86, Emulated is sm80: build the engines again with --arch sm80; "
+        r"it was made by `nbp-export onnx --checkpoint small\.ckpt --block 1x1x4 --dtype fp16 --batch 1`",
     ),
     "an older GPU": (Gpu(7, 5), {"compatibility": "ampere+"}, "built for sm80, Emulated is sm75"),
     "another of its kind": (Gpu(8, 6), {"compatibility": "same-cc"}, "built for sm80, Emulated is sm86"),
     "another version": (
         Gpu(),
         {"version": "1.6"},
-        r"here is 1\.7.*: pip install 'nbp-export\[trt-rtx\]' tensorrt-rtx==1\.6, or build .*--arch sm80 --builder",
+        r"here is 1\.7.*: pip install 'nbp-export\[trt-rtx\]' tensorrt-rtx==1\.6, or build .*again: "
+        r"it was made by `nbp-export onnx --checkpoint small\.ckpt",
     ),
     "a swapped order": (Gpu(), {"graphs": ("step", "prefill")}, "has no|profile 0 takes tokens"),
     "no room for caches": (Gpu(memory=10_000), {}, r"no room for \w+ on Emulated: asked for [\d,]+ bytes, [\d,]+ free"),
@@ -282,7 +287,9 @@ def test_a_library_that_is_not_installed(engines: Callable[..., Exported]) -> No
 
 
 def test_a_bundle_without_engines(exported: Exporter) -> None:
-    with pytest.raises(EngineError, match="has no engines to run: build them with `nbp-export trt --block 1x1x4"):
+    with pytest.raises(
+        EngineError, match=r"has no engines: it was made by `nbp-export onnx .*`; `nbp-export trt` with"
+    ):
         open_session(exported("1x1x4").bundle, runtime="tensorrt")
 
 
@@ -399,7 +406,7 @@ def test_a_faulty_session_is_caught(
 ) -> None:
     """By an error, or by other tokens than the CPU's after other tokens were generated before."""
     bundle = engines("fp16").bundle
-    with open_session(bundle, 1, runtime="onnx") as session:
+    with open_session(bundle, 1, runtime="ort-cpu") as session:
         expected = Generator(session, seed=2).predict(frames(bundle)).tokens
     fault(monkeypatch)
     with emulated(Gpu()):
@@ -417,7 +424,7 @@ def test_what_cannot_be_captured_runs_and_says_so(
 ) -> None:
     """As where a library allocates in its first runs."""
     bundle = engines("fp16").bundle
-    with open_session(bundle, 1, runtime="onnx") as session:
+    with open_session(bundle, 1, runtime="ort-cpu") as session:
         expected = Generator(session, seed=2).predict(frames(bundle)).tokens
     captured_cold(monkeypatch)
     with emulated(Gpu()), open_session(bundle) as session:
@@ -433,13 +440,13 @@ def test_the_cpus_onnx_runtime_is_refused(exported: Exporter) -> None:
     """For real."""
     words = r"ONNX Runtime .* here is the CPU's.*pip uninstall onnxruntime, then pip install 'nbp-export\[gpu\]'"
     with pytest.raises(EngineError, match=words):
-        open_session(exported("1x1x4").bundle, runtime="cuda")
+        open_session(exported("1x1x4").bundle, runtime="ort-cuda")
 
 
 def test_a_silent_fallback_is_refused(exported: Exporter) -> None:
     with emulated(Gpu(), took="CPUExecutionProvider") as gpu:
         with pytest.raises(EngineError, match="took CPUExecutionProvider in place of what was asked for"):
-            open_session(exported("1x1x4").bundle, runtime="cuda")
+            open_session(exported("1x1x4").bundle, runtime="ort-cuda")
         assert gpu.device == {}
         assert gpu.handles == {}
 
@@ -449,14 +456,11 @@ def test_a_bf16_tokenizer_is_refused(exported: Exporter) -> None:
     bundle = exported("1x1x4", "fp16", tokenizer=True, one_graph=True).bundle
     half = replace(bundle.manifest, spec=replace(bundle.manifest.spec, dtype="bf16"))
     with pytest.raises(EngineError, match=r"no Pad for .*: export it with --dtype fp16"):
-        open_session(replace(bundle, manifest=half), runtime="cuda")
+        open_session(replace(bundle, manifest=half), runtime="ort-cuda")
 
 
 def test_without_onnx_runtime_the_pip_command_is_told(exported: Exporter, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(ort, "import_module", missing)
-    for runtime, extra in (("onnx", "cpu"), ("cuda", "gpu")):
+    monkeypatch.setattr(ort, "find_spec", lambda _: None)
+    for runtime, extra in (("ort-cpu", "cpu"), ("ort-cuda", "gpu")):
         with pytest.raises(EngineError, match=rf"pip install 'nbp-export\[{extra}\]'"):
             open_session(exported("1x1x4").bundle, runtime=runtime)

@@ -9,7 +9,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from nbp_engines.errors import EngineError
-from nbp_engines.session import open_session
+from nbp_engines.registry import open_session
 from nbp_engines.spec import GraphSpec, SystemSpec, TensorSpec
 from tests.engines.test_bundle import SPEC, make
 

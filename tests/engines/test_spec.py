@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbp_engines.spec import SystemSpec, TensorSpec
+from nbp_engines.spec import GraphKind, State, SystemSpec, TensorSpec
 from nbp_reference.config import MODELS, BlockShape, Latent
 
 # K600 with nbp-xl: 17 frames of 128×128, 5 given.
@@ -95,15 +95,19 @@ def test_generator_graphs_as_documented(name: str, tokens: int) -> None:
     shape = (3, 16, 1264, 96)
     assert graph.name == name
     assert graph.inputs == (
-        TensorSpec("tokens", "int64", (3, tokens)),
+        TensorSpec("tokens", "int64", (3, tokens), 1),
         TensorSpec("cache_pos", "int64", (3,)),
         *(TensorSpec(cache, "fp16", shape) for cache in caches),
     )
     assert graph.outputs == (
-        TensorSpec("logits", "fp16", (3, 16, 64_000)),
+        TensorSpec("logits", "fp16", (3, 16, 64_000), 1),
         *(TensorSpec(f"{cache}_out", "fp16", shape) for cache in caches),
     )
+    assert graph.kind is GraphKind.BLOCK_STEP
+    assert graph.states == tuple(State(cache, f"{cache}_out", in_place=True) for cache in caches)
     assert graph.aliases == {f"{cache}_out": cache for cache in caches}
+    assert [t.name for t in graph.arguments()] == ["tokens", "cache_pos"]
+    assert [t.name for t in graph.results()] == ["logits"]
     assert K600.caches() == graph.inputs[2:]
 
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 
-from nbp_engines.errors import EngineError, UsageError
+from nbp_engines.errors import EngineError
 from nbp_engines.spec import SystemSpec
 from nbp_engines.text import class_ids, listed_ids
+from nbp_errors import UsageError
 
 WORDS = ("<end>", "moving", "digit", "left", "right")
 CLASSES = ("apply eye makeup", "yo yo", "tai chi", "body weight squats", "playing guitar")

@@ -34,7 +34,8 @@ def source(block: str, tokenizer: bool = False, latent: tuple[int, int, int] = (
         2, width=64, heads=2, vocab=125, positions=80, latent=Latent(*latent), block=BlockShape(1, 1, 1)
     )
     generator = filled(NextBlockTransformer(config.with_block(block)))
-    return Source("small", generator, filled(VideoTokenizer(TOKENIZER)) if tokenizer else None, True, "a test's model")
+    parts = generator, filled(VideoTokenizer(TOKENIZER)) if tokenizer else None
+    return Source("small", *parts, True, "a test's model", ("--checkpoint", "small.ckpt"))
 
 
 def resealed(bundle: Bundle) -> Bundle:

@@ -9,6 +9,7 @@ import torch
 
 from nbp_engines.generator import Generator
 from nbp_engines.ort import OrtSession
+from nbp_engines.runtime import OpenOptions
 from nbp_engines.sampling import GREEDY, Sampling
 from nbp_reference.sampling import sample
 from tests.export.support import Exported, HandDriven, by_hand, greedy_reference
@@ -56,7 +57,7 @@ def test_our_session_and_loop_generate_the_same(case: dict[str, Any], exported: 
     condition, expected = clear_case(made)
     raster = np.empty((spec.batch, spec.clip_tokens), np.int64)
     raster[:, spec.order()] = np.concatenate([condition, expected], axis=1)
-    with OrtSession(made.bundle, threads=1) as session:
+    with OrtSession(made.bundle, OpenOptions(threads=1)) as session:
         for _ in range(2):  # the second clip finds the first one's caches
             for clip in Generator(session, GREEDY).blocks(raster[:, : spec.condition_tokens]):
                 found = clip
@@ -76,7 +77,7 @@ def test_sampled_generation_is_the_references(case: dict[str, Any], exported: Ex
             noises.append(uniforms)
             return super().sample(logits, uniforms, settings)
 
-    with Recording(made.bundle, threads=1) as session:
+    with Recording(made.bundle, OpenOptions(threads=1)) as session:
         for clip in Generator(session, settings, seed=3).blocks(condition):
             found = clip
     generator = made.source.generator
@@ -141,7 +142,7 @@ def test_encode_and_decode_are_the_references(case: dict[str, Any], exported: Ex
 def test_frames_in_frames_out(exported: Exporter) -> None:
     made = exported(**CASES[1])
     frames = np.random.default_rng(4).uniform(size=(1, 3, 5, 16, 16)).astype(np.float32)
-    with OrtSession(made.bundle, threads=1) as session:
+    with OrtSession(made.bundle, OpenOptions(threads=1)) as session:
         whole = Generator(session, seed=7).predict(frames)
         streamed = list(Generator(session, seed=7).stream(frames))
         again = Generator(session, seed=7).predict(frames)

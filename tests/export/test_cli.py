@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from nbp_engines.bundle import Bundle
 from nbp_engines.generator import Generator
 from nbp_engines.ort import OrtSession
+from nbp_engines.runtime import OpenOptions
 from nbp_engines.sampling import GREEDY
 from nbp_export import _extras
 from nbp_export.cli import main
@@ -78,7 +79,7 @@ def test_an_authors_checkpoint_generates_the_golden_tokens(size: int, weights: P
     case = golden(f"k600_L{size}")
     condition = case["tokens"][:, :512].long().numpy()
     assert np.array_equal(HandDriven(bundle).greedy(condition), case["greedy"].numpy())
-    with OrtSession(bundle, threads=1) as session:
+    with OrtSession(bundle, OpenOptions(threads=1)) as session:
         for clip in Generator(session, GREEDY).blocks(condition):
             tokens = clip
     assert np.array_equal(tokens[:, 512:], case["greedy"].numpy())

@@ -138,7 +138,7 @@ def test_the_manifest_describes_the_source(full: Exported) -> None:
     tokenizer = json.loads(json.dumps(full.source.tokenizer.config.to_json()))
     assert manifest.model["config"]["tokenizer"] == tokenizer
     assert manifest.provenance["note"] == full.source.note
-    assert manifest.runtime == "onnx"
+    assert manifest.runtime == "ort-cpu"
     assert set(manifest.versions) == set(TOOLS)
     if manifest.spec.dtype == "fp32":  # fp16 rounds the weights; the digest is of those that were given
         assert manifest.model["weights_sha256"] == weights_sha256(full.source.generator, full.source.tokenizer)

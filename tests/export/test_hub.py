@@ -14,7 +14,7 @@ from threading import Thread
 import pytest
 from click.testing import CliRunner
 
-from nbp_engines.errors import NbpError
+from nbp_errors import NbpError
 from nbp_export import _extras, hub
 from nbp_export.cli import main
 from nbp_reference import checkpoint

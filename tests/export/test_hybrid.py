@@ -8,10 +8,12 @@ import torch
 from click.testing import CliRunner
 
 from nbp_engines.bundle import Bundle
-from nbp_engines.errors import EngineError, UsageError
+from nbp_engines.errors import EngineError
 from nbp_engines.generator import Generator, Timeline
 from nbp_engines.ort import OrtSession
+from nbp_engines.runtime import OpenOptions
 from nbp_engines.sampling import GREEDY, Sampling
+from nbp_errors import UsageError
 from nbp_export.cli import main
 from nbp_export.onnx_bundle import export
 from nbp_export.sources import Source
@@ -27,7 +29,9 @@ from tests.support import filled, golden, golden_hybrid
 @pytest.fixture(scope="module")
 def authors(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The authors' golden model, exported."""
-    return export(Source("ucf", golden_hybrid(), None, True, "golden"), tmp_path_factory.mktemp("golden") / "bundle")
+    return export(
+        Source("ucf", golden_hybrid(), None, True, "golden"), tmp_path_factory.mktemp("golden") / "bundle", "fp32"
+    )
 
 
 def small(block: BlockShape) -> Source:
@@ -42,7 +46,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     shape, _, one_graph = request.param.partition(" ")
     block = BlockShape.parse(shape, Latent(5, 4, 4))
     out = tmp_path_factory.mktemp("bundles") / f"small-{block}"
-    return export(small(block), out, batch=2, one_graph=bool(one_graph)), small(block)
+    return export(small(block), out, "fp32", batch=2, one_graph=bool(one_graph)), small(block)
 
 
 def test_the_authors_greedy_tokens_by_hand(authors: Bundle) -> None:
@@ -63,7 +67,7 @@ def test_the_authors_greedy_tokens_by_hand(authors: Bundle) -> None:
 
 def test_the_authors_greedy_tokens_by_our_loop(authors: Bundle) -> None:
     case, timeline = golden("ucf_L4"), Timeline()
-    with OrtSession(authors, threads=1) as session:
+    with OrtSession(authors, OpenOptions(threads=1)) as session:
         for clip in Generator(session, GREEDY).blocks(case["text"].numpy().astype(np.int64), timeline=timeline):
             found = clip
         assert np.array_equal(found, case["greedy"].numpy())
@@ -98,7 +102,7 @@ def test_sampled_clips_are_the_references(made: tuple[Bundle, Source]) -> None:
             noises.append(uniforms)
             return super().sample(logits, uniforms, settings)
 
-    with Recording(bundle, threads=1) as session:
+    with Recording(bundle, OpenOptions(threads=1)) as session:
         clip = Generator(session, settings, seed=5).generate(text)
         streamed = list(Generator(session, settings, seed=5).stream(text))
     assert clip.video.shape == (2, 3, 17, 16, 16)
@@ -137,15 +141,18 @@ def test_sampled_clips_are_the_references(made: tuple[Bundle, Source]) -> None:
     ],
 )
 def test_other_texts_are_refused(made: tuple[Bundle, Source], text: np.ndarray, message: str) -> None:
-    with OrtSession(made[0], threads=1, graphs=["prefill"]) as session, pytest.raises(UsageError, match=message):
+    with (
+        OrtSession(made[0], OpenOptions(threads=1, graphs=["prefill"])) as session,
+        pytest.raises(UsageError, match=message),
+    ):
         Generator(session).generate(text)
 
 
 def test_a_hybrid_takes_no_frames_and_frame_prediction_no_text(made: tuple[Bundle, Source]) -> None:
-    with OrtSession(made[0], threads=1, graphs=["prefill"]) as session:
+    with OrtSession(made[0], OpenOptions(threads=1, graphs=["prefill"])) as session:
         with pytest.raises(UsageError, match="takes a text"):
             Generator(session).predict(np.zeros((2, 3, 5, 16, 16), np.float32))
-        with pytest.raises(EngineError, match="no encode graph"):
+        with pytest.raises(EngineError, match="there is no graph .encode."):
             session.encode(np.zeros((2, 3, 5, 16, 16), np.float32))
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from nbp_engines.errors import EngineError
 from nbp_engines.ort import OrtSession
-from nbp_engines.session import open_session
+from nbp_engines.registry import open_session
+from nbp_engines.runtime import OpenOptions
 from tests.export.support import Exported
 
 Exporter = Callable[..., Exported]
@@ -21,7 +22,8 @@ OURS = """
 import sys
 import numpy as np
 from nbp_engines.generator import Generator
-from nbp_engines.session import open_session
+from nbp_engines.runtime import OpenOptions
+from nbp_engines.registry import open_session
 with open_session(sys.argv[1]) as session:
     condition = np.zeros((session.spec.batch, session.spec.condition_tokens), np.int64)
     steps = sum(1 for _ in Generator(session).blocks(condition))
@@ -59,14 +61,14 @@ def test_the_runtime_warns_about_separate_buffers_and_not_about_ours(dtype: str,
 
 
 def test_a_step_changes_its_rows_of_our_buffers_and_nothing_else(exported: Exporter) -> None:
-    with OrtSession(exported("1x2x2", batch=2).bundle, threads=1) as session:
-        addresses = {name: cache.ctypes.data for name, cache in session.caches.items()}
+    with OrtSession(exported("1x2x2", batch=2).bundle, OpenOptions(threads=1)) as session:
+        addresses = {name: cache.ctypes.data for name, cache in session.states.items()}
         rng = np.random.default_rng(0)
-        for cache in session.caches.values():
+        for cache in session.states.values():
             cache[...] = rng.standard_normal(cache.shape)
-        before = {name: cache.copy() for name, cache in session.caches.items()}
+        before = {name: cache.copy() for name, cache in session.states.items()}
         session.step(np.array([[1, 2, 3, 4], [5, 6, 7, 8]]), np.array([40, 36]))
-        for name, cache in session.caches.items():
+        for name, cache in session.states.items():
             assert cache.ctypes.data == addresses[name]
             changed = (cache != before[name]).any(axis=(1, 3))
             assert np.flatnonzero(changed[0]).tolist() == [40, 41, 42, 43]
@@ -74,17 +76,17 @@ def test_a_step_changes_its_rows_of_our_buffers_and_nothing_else(exported: Expor
 
 
 def test_prefill_and_step_share_the_caches(exported: Exporter) -> None:
-    with OrtSession(exported("1x2x2", batch=2).bundle, threads=1) as session:
+    with OrtSession(exported("1x2x2", batch=2).bundle, OpenOptions(threads=1)) as session:
         session.prefill(np.arange(64).reshape(2, 32))
-        filled = {name: cache.copy() for name, cache in session.caches.items()}
+        filled = {name: cache.copy() for name, cache in session.states.items()}
         session.step(np.zeros((2, 4), np.int64), np.full(2, 32))
-        for name, cache in session.caches.items():
+        for name, cache in session.states.items():
             assert filled[name][:, :, :32].any(axis=-1).all()
             assert np.array_equal(cache[:, :, :32], filled[name][:, :, :32])
 
 
 def test_wrong_shapes_are_refused_by_name(exported: Exporter) -> None:
-    with OrtSession(exported("1x2x2", batch=2).bundle, threads=1) as session:
+    with OrtSession(exported("1x2x2", batch=2).bundle, OpenOptions(threads=1)) as session:
         with pytest.raises(EngineError, match=r"step: tokens is int64 \[2, 3\], the graph takes int64 \[2, 4\]"):
             session.step(np.zeros((2, 3), np.int64), np.full(2, 32))
         with pytest.raises(EngineError, match=r"step: tokens is float32 \[2, 4\], the graph takes int64"):

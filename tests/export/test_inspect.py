@@ -13,6 +13,7 @@ from rich.console import Console
 from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
 from nbp_engines.errors import EngineError
 from nbp_engines.ort import OrtSession
+from nbp_engines.runtime import OpenOptions
 from nbp_engines.spec import TensorSpec
 from nbp_export import inspect
 from nbp_export.cli import main
@@ -44,19 +45,19 @@ def full(exported: Exporter) -> Bundle:
 
 def test_the_buffers_are_those_that_a_session_allocates(full: Bundle) -> None:
     memory = inspect.describe(full)["memory"]
-    with OrtSession(full, threads=1) as session:
+    with OrtSession(full, OpenOptions(threads=1)) as session:
         graphs = session.graphs.values()
-        caches = {id(array): array.nbytes for array in session.caches.values()}
+        caches = {id(array): array.nbytes for array in session.states.values()}
         inputs = {id(a): a.nbytes for graph in graphs for a in graph.inputs.values()}
         outputs = {id(a): a.nbytes for graph in graphs for a in graph.outputs.values()}
     found = {
-        "caches": sum(caches.values()),
+        "states": sum(caches.values()),
         "inputs": sum((inputs | caches).values()) - sum(caches.values()),
         "outputs": sum((outputs | caches).values()) - sum(caches.values()),
         "buffers": sum((inputs | outputs | caches).values()),
     }
     assert {key: memory[key] for key in found} == found
-    assert found["caches"] == 2 * 2 * 80 * 64 * 4 - 2 * 2 * 4 * 64 * 4  # layers, k and v, slots, width, fp32
+    assert found["states"] == 2 * 2 * 80 * 64 * 4 - 2 * 2 * 4 * 64 * 4  # layers, k and v, slots, width, fp32
 
 
 def test_files_and_the_graphs_that_share_them(full: Bundle) -> None:
@@ -81,7 +82,7 @@ def test_the_page_names_everything(full: Bundle) -> None:
     receipt = full.receipt()
     assert receipt is not None
     for part in (
-        "small, trained: block 1x1x4, batch 1, fp32, onnx a test's model",
+        "small, trained: block 1x1x4, batch 1, fp32, ort-cpu a test's model",
         "tokens int64 [1, 32] logits fp32 [1, 4, 125]",
         "k_cache_0…1 fp32 [1, 2, 76, 32]",
         "v_cache_0…1_out fp32 [1, 2, 76, 32]",

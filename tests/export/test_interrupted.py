@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
-from nbp_engines.errors import BundleError, UsageError
+from nbp_engines.errors import BundleError
+from nbp_errors import UsageError
 from nbp_export.onnx_bundle import _appearing, export
 from tests.export.support import source
 
@@ -37,7 +38,7 @@ def test_stopped_at_a_stage(stop: str, how: BaseException, tmp_path: Path) -> No
             raise how
 
     with pytest.raises((KeyboardInterrupt, OSError)):
-        export(source("1x4x4"), tmp_path / "bundle", report=report)
+        export(source("1x4x4"), tmp_path / "bundle", "fp32", report=report)
     assert reached[-1] == stop
     assert list(tmp_path.iterdir()) == []
 
@@ -54,7 +55,7 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", look)
-    bundle = export(source("1x4x4"), tmp_path / "bundle")
+    bundle = export(source("1x4x4"), tmp_path / "bundle", "fp32")
     assert looks == [{path.name for path in bundle.path.iterdir()} - {MANIFEST}]
     assert Bundle.open(bundle.path, require_receipt=True) == bundle
 
@@ -122,7 +123,7 @@ def start(name, last_stage=None):
     pid = os.fork()
     if pid == 0:
         try:
-            export(source("1x4x4"), folder / name, report=report)
+            export(source("1x4x4"), folder / name, "fp32", report=report)
         finally:
             os._exit(0)
     return pid
@@ -211,7 +212,7 @@ def test_what_exists_is_refused_and_left_alone(kind: str, tmp_path: Path) -> Non
     if kind == "folder":
         (out / "manifest.json").write_text("precious")
     with pytest.raises(UsageError, match="bundle exists: choose another --out"):
-        export(source("1x4x4"), out)
+        export(source("1x4x4"), out, "fp32")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     if kind == "file":
         assert out.read_text() == "precious"
@@ -227,6 +228,6 @@ def test_a_folder_that_cannot_be_made_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_missing_parents_are_made(tmp_path: Path) -> None:
-    bundle = export(source("1x4x4"), tmp_path / "a" / "b" / "bundle")
+    bundle = export(source("1x4x4"), tmp_path / "a" / "b" / "bundle", "fp32")
     assert bundle.path == tmp_path / "a" / "b" / "bundle"
     assert bundle.receipt() is not None

@@ -19,7 +19,7 @@ from nbp_engines.bundle import Bundle
 from nbp_export import onnx_bundle, parity
 from nbp_export.graphs import graph_module, trace
 from nbp_export.onnx_bundle import export
-from nbp_export.parity import Check, ParityError, check_generator, check_tokenizer, compare, step_positions
+from nbp_export.parity import Check, ParityError, Reference, check_bundle, compare, step_positions
 from nbp_export.sources import Source
 from nbp_reference import model as reference
 from nbp_reference.config import ModelConfig
@@ -203,8 +203,8 @@ FAULTS: dict[str, tuple[Fault, Callable[[], AbstractContextManager[None]], str, 
 
 def checked(bundle: Bundle, source: Source) -> list[Check]:
     """The checks of every graph that the manifest lists."""
-    checks = list(check_generator(bundle, source.generator))
-    return checks + list(check_tokenizer(bundle, source.tokenizer) if source.tokenizer else ())
+    checks = list(check_bundle(bundle, Reference(source.generator)))
+    return checks + list(check_bundle(bundle, Reference(None, source.tokenizer)) if source.tokenizer else ())
 
 
 def caught(bundle: Bundle, made: Exported, graph: str, where: str) -> str:
@@ -243,7 +243,7 @@ def test_the_tracing_itself_is_no_fault(exported: Exporter, copied: Callable[...
     module = graph_module(bundle.manifest.spec, "step", copy.deepcopy(made.source.generator))
     with torch.no_grad():
         ir.save(trace(module, bundle.manifest.graph_specs()["step"]), bundle.graph_file("step"))
-    checks = list(check_generator(resealed(bundle), made.source.generator))
+    checks = list(check_bundle(resealed(bundle), Reference(made.source.generator)))
     assert {check.graph for check in checks} == {"prefill", "step"}
 
 
@@ -332,8 +332,8 @@ def test_other_weights_are_caught_in_either_dtype(
     made, bundle = exported("1x2x2", **case), copied("1x2x2", **case)
     generator = copy.deepcopy(made.source.generator)
     generator.get_parameter("blocks.0.mlp.2.weight").data *= 1.1
-    with pytest.raises(ParityError, match=r"prefill\.onnx differs from the reference at cache_pos"):
-        list(check_generator(bundle, generator))
+    with pytest.raises(ParityError, match=r"prefill\.onnx, run by ort-cpu, differs from the reference at cache_pos"):
+        list(check_bundle(bundle, Reference(generator)))
 
 
 def test_an_export_that_fails_parity_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,9 +345,9 @@ def test_an_export_that_fails_parity_leaves_nothing(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(onnx_bundle, "trace", faulty)
     with pytest.raises(ParityError) as error:
-        export(source("1x4x4"), tmp_path / "bundle")
+        export(source("1x4x4"), tmp_path / "bundle", "fp32")
     message = error.value.message
-    assert "step.onnx differs from the reference at cache_pos [32]: logits[" in message
+    assert "step.onnx, run by ort-cpu, differs from the reference at cache_pos [32]: logits[" in message
     assert "allowed 5e-05" in message
     assert list(tmp_path.iterdir()) == []
 

@@ -16,12 +16,14 @@ from onnx import TensorProto
 from torch import nn
 
 from nbp_engines.bundle import RECEIPT, Bundle
-from nbp_engines.errors import EngineError, NbpError
+from nbp_engines.errors import EngineError
 from nbp_engines.ort import OrtSession
+from nbp_engines.runtime import OpenOptions
+from nbp_errors import NbpError
 from nbp_export.cli import main
 from nbp_export.graphs import TORCH_DTYPES
 from nbp_export.onnx_bundle import export
-from nbp_export.parity import ParityError, check_generator, fp32_twin
+from nbp_export.parity import ParityError, Reference, check_bundle, fp32_twin
 from nbp_export.proof import prove
 from nbp_export.sources import Source
 from nbp_export.weights import INDEX, WeightPool, read_generator, read_tokenizer
@@ -60,7 +62,7 @@ def test_the_weights_come_back_as_they_were_rounded(dtype: str, exported: Export
 
 def test_the_source_gives_its_memory_back(tmp_path: Path) -> None:
     model = source("1x4x4")
-    export(model, tmp_path / "bundle")
+    export(model, tmp_path / "bundle", "fp32")
     assert {p.device.type for p in model.generator.parameters()} == {"meta"}
 
 
@@ -169,7 +171,7 @@ def test_a_fault_in_a_bf16_graph_is_caught(exported: Exporter, copied: Copier) -
             break
     onnx.save(model, bundle.graph_file("step"))
     with pytest.raises(ParityError, match=r"step\.onnx"):
-        list(check_generator(resealed(bundle), exported(**FULL, dtype="bf16").source.generator))
+        list(check_bundle(resealed(bundle), Reference(exported(**FULL, dtype="bf16").source.generator)))
 
 
 @torch.inference_mode()
@@ -178,7 +180,7 @@ def test_a_lean_session_computes_the_same(exported: Exporter) -> None:
     spec, rng, logits = bundle.manifest.spec, np.random.default_rng(0), []
     tokens = rng.integers(0, spec.vocab, (2, spec.condition_tokens))
     for lean in (False, True):
-        with OrtSession(bundle, threads=1, lean=lean) as session:
+        with OrtSession(bundle, OpenOptions(threads=1, lean=lean)) as session:
             logits.append(session.prefill(tokens).copy())
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-4, rtol=0)
 

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from onnx import ModelProto, NodeProto, helper
 
 from nbp_engines.bundle import Bundle
-from nbp_engines.errors import BundleError, UsageError
+from nbp_engines.errors import BundleError
+from nbp_errors import UsageError
 from nbp_export import onnx_bundle, trt
 from nbp_export.cli import main
 from nbp_export.graphs import trace
@@ -235,7 +236,9 @@ def test_the_prefill_shortcut_is_caught_by_the_proof(tmp_path: Path, monkeypatch
             return trace(*arguments, **options)
 
     monkeypatch.setattr(onnx_bundle, "trace", traced)
-    with pytest.raises(ParityError, match=r"generator\.onnx differs from the reference at cache_pos \[0\]: logits"):
+    with pytest.raises(
+        ParityError, match=r"generator\.onnx, run by ort-cpu, differs from the reference at cache_pos \[0\]: logits"
+    ):
         export(wide("1x1x16"), tmp_path / "bundle", "fp16", engines=SM80)
     assert list(tmp_path.iterdir()) == []
 

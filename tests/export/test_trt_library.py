@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from nbp_engines.errors import EngineError, NbpError, UsageError
+from nbp_engines.errors import EngineError
 from nbp_engines.trt import log_of
+from nbp_errors import NbpError, UsageError
 from nbp_export import trt_library
 from nbp_export.cli import main
 from nbp_export.trt_library import RTX, TENSORRT, Library, Options, configure, keep_timings

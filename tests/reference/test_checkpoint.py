@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nbp_reference import checkpoint
 from nbp_reference.config import MODELS, TOKENIZERS, BlockShape, Latent, ModelConfig, TextCondition
-from nbp_reference.errors import CheckpointError, ReferenceError
+from nbp_reference.errors import CheckpointError
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 from tests.support import filled, small_generator
@@ -291,7 +291,7 @@ def test_metadata_that_describes_no_model_is_refused(
     path = tmp_path_factory.mktemp("metadata") / "a.safetensors"
     config = small_generator("1x1x4", layers=1).config.to_json()
     save_file({"tok_emb.weight": torch.zeros(50, 32)}, path, {"generator": json.dumps(config | {field: value})})
-    with pytest.raises(ReferenceError, match=path.name):
+    with pytest.raises(CheckpointError, match=path.name):
         checkpoint.load(path)
 
 

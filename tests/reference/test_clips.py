@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbp_reference import clips
-from nbp_reference.errors import ReferenceError
+from nbp_reference.errors import VideoError
 
 COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
 
@@ -83,9 +83,9 @@ def test_read_refuses_what_is_no_video(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     for content in (b"not a video" * 100, b"", film(tmp_path / "b.mp4").read_bytes()[:500]):
         path.write_bytes(content)
-        with pytest.raises(ReferenceError, match=r"a\.mp4 holds no readable video: Invalid data"):
+        with pytest.raises(VideoError, match=r"a\.mp4 holds no readable video: Invalid data"):
             clips.read(path, side=24)
-    with pytest.raises(ReferenceError, match="holds no readable video: Is a directory"):
+    with pytest.raises(VideoError, match="holds no readable video: Is a directory"):
         clips.read(tmp_path, side=24)
 
 
@@ -113,7 +113,7 @@ def test_what_is_not_needed_is_not_decoded(tmp_path: Path) -> None:
     content[middle] = bytes(middle.stop - middle.start)
     path.write_bytes(content)
     assert [np.array_equal(clips.footage(path, 24, 6, s).frames, i) for s, i in zip((0.0, 55.0), intact, strict=True)]
-    with pytest.raises(ReferenceError, match=r"a\.mp4 holds no readable video: Invalid data"):
+    with pytest.raises(VideoError, match=r"a\.mp4 holds no readable video: Invalid data"):
         clips.read(path, 24)
 
 
@@ -176,23 +176,23 @@ def test_what_has_sound_or_one_frame_only_or_a_codec_that_nobody_knows(tmp_path:
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
         sound.rate = 8000
         container.mux(stream.encode(sound))
-    with pytest.raises(ReferenceError, match=r"a\.wav holds no video$"):
+    with pytest.raises(VideoError, match=r"a\.wav holds no video$"):
         clips.footage(tmp_path / "a.wav", 24, 5)
     assert clips.footage(film(tmp_path / "a.mp4", 1), 24, 5).frames.shape == (1, 3, 24, 32)
     content = film(tmp_path / "a.mkv").read_bytes()
     (tmp_path / "a.mkv").write_bytes(content.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XXX"))
-    with pytest.raises(ReferenceError, match=r"a\.mkv holds no readable video: its codec or picture size is unknown"):
+    with pytest.raises(VideoError, match=r"a\.mkv holds no readable video: its codec or picture size is unknown"):
         clips.footage(tmp_path / "a.mkv", 24, 5)
 
 
 def test_a_start_behind_the_end(tmp_path: Path) -> None:
-    with pytest.raises(ReferenceError, match=r"a\.mp4 holds no video frames from 3 s on: it lasts 2\.0 s"):
+    with pytest.raises(VideoError, match=r"a\.mp4 holds no video frames from 3 s on: it lasts 2\.0 s"):
         clips.footage(film(tmp_path / "a.mp4"), 24, 5, start=3.0)
 
 
 def test_read_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ReferenceError, match="pip install av"):
+    with pytest.raises(VideoError, match="pip install av"):
         clips.read(tmp_path / "a.mp4", side=24)
 
 
@@ -208,10 +208,10 @@ def test_find_looks_in_the_folder_that_the_environment_names(tmp_path: Path, mon
     clip = clips.Clip("mine", "no-such-distribution", "mine.avi", "get-it now")
     monkeypatch.setitem(clips.CLIPS, "mine", clip)
     monkeypatch.delenv("NBP_CLIPS", raising=False)
-    with pytest.raises(ReferenceError, match="get-it now, or set NBP_CLIPS"):
+    with pytest.raises(VideoError, match="get-it now, or set NBP_CLIPS"):
         clips.find("mine")
     monkeypatch.setenv("NBP_CLIPS", str(tmp_path))
-    with pytest.raises(ReferenceError, match="'mine'"):
+    with pytest.raises(VideoError, match="'mine'"):
         clips.find("mine")
     (tmp_path / "mine.avi").touch()
     assert clips.find("mine") == tmp_path / "mine.avi"

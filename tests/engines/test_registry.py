@@ -1,0 +1,41 @@
+"""The table of runtimes: everything that differs between them is read from its entries."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nbp_engines.registry import DEFAULT, RUNTIMES, open_session
+
+ROOT = Path(__file__).parents[2]
+NAMES = {*RUNTIMES, "naive", "eager", "cudagraph", "compiled"}
+
+
+@pytest.mark.parametrize("package", ["nbp_export", "engines", "bench", "reports", "reference"])
+def test_nobody_compares_the_name_of_a_runtime_or_an_engine(package: str) -> None:
+    compared = re.compile(rf"(==|!=|\bin \(|\bcase) *[\"']({'|'.join(NAMES)}|onnx|cuda)[\"']")
+    lines = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in (ROOT / package).rglob("*.py")
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        if compared.search(line) and ".type" not in line and "device" not in line
+    ]
+    assert not lines
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=RUNTIMES)
+def test_an_entry_is_complete(runtime: object) -> None:
+    assert all(value not in ("", ()) for value in vars(runtime).values()), runtime
+
+
+def test_the_default_runs_everywhere() -> None:
+    assert DEFAULT.absence() is None
+    assert DEFAULT.devices == ("cpu",)
+
+
+def test_a_wrong_name_lists_the_right_ones(tmp_path: Path) -> None:
+    from nbp_engines.errors import EngineError
+    from tests.engines.test_bundle import make
+
+    with pytest.raises(EngineError, match="there is no runtime 'onnx'; this version has ort-cpu, ort-cuda, tensorrt"):
+        open_session(make(tmp_path / "toy"), runtime="onnx")
