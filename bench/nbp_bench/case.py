@@ -285,14 +285,15 @@ def _bandwidths(device: "torch.device") -> tuple[float, float | None]:
 def _open(case: Case, models: _Models, spec: "SystemSpec") -> "AbstractContextManager[Any]":
     import torch
 
-    from nbp_bench.engines import GraphsSession, ReferenceSession
+    from nbp_bench.cuda_graphs import CudaGraphSession
+    from nbp_bench.torch_sessions import EagerSession
     from nbp_engines.session import open_session
 
     if case.engine not in PYTORCH:
         torch.cuda.empty_cache()  # what torch keeps for itself, other libraries cannot have
         return open_session(_bundle(case), runtime=case.engine)
     captured = case.device == "cuda" and case.engine != "reference"
-    kind = GraphsSession if captured else ReferenceSession
+    kind = CudaGraphSession if captured else EagerSession
     return kind(spec, models.generator, models.tokenizer, case.device, compiled=case.engine == "compiled")
 
 

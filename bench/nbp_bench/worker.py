@@ -85,7 +85,7 @@ def open_engine(job: Job) -> Session:
     # Not at the top: an exported engine's memory must not hold torch.
     import torch
 
-    from nbp_bench.engines import NaiveSession, ReferenceSession
+    from nbp_bench.torch_sessions import EagerSession, NaiveSession
     from nbp_export.graphs import system_spec
     from nbp_export.sources import find
 
@@ -94,7 +94,7 @@ def open_engine(job: Job) -> Session:
     source = find(job.source)
     tokenizer = source.tokenizer.config if source.tokenizer else None
     spec = system_spec(source.generator.config, tokenizer, "fp32", job.batch)
-    kind = NaiveSession if job.engine == "naive" else ReferenceSession
+    kind = NaiveSession if job.engine == "naive" else EagerSession
     return kind(spec, source.generator, source.tokenizer)
 
 

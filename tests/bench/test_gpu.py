@@ -14,19 +14,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from torch.nn.attention import SDPBackend
 
-from nbp_bench import case, device, engines, gpu, machine
+from nbp_bench import case, device, gpu, machine
 from nbp_bench.case import Case
 from nbp_bench.case import Result as Outcome
-from nbp_bench.engines import GraphsSession, OnDevice, ReferenceSession
+from nbp_bench.torch_sessions import EagerSession
 from nbp_engines import sampling, session
 from nbp_engines.errors import EngineError
 from nbp_engines.sampling import Sampling
 from nbp_export import sources
-from nbp_export.graphs import system_spec
-from nbp_export.parity import compare
-from nbp_reference.model import NextBlockTransformer
 from nbp_reports import record
 from tests.support import small_generator
 
@@ -193,39 +189,6 @@ def test_an_error_of_ours_that_cuda_does_not_survive_ends_the_process(
     assert ("in fail" in result.trace) == broken
 
 
-def test_a_kind_of_attention_is_refused_only_while_cuda_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError
-
-    session = object.__new__(GraphsSession)
-    session.notes = []
-    monkeypatch.setattr(GraphsSession, "_captured", refuse)
-    with pytest.raises(EngineError, match="MATH RuntimeError"):
-        session._fastest(1)
-    monkeypatch.setattr(engines, "broken", lambda: True)
-    with pytest.raises(RuntimeError):
-        session._fastest(1)
-
-
-def test_a_step_is_compiled_with_the_attention_that_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def captured(session: GraphsSession, tokens: int, kind: SDPBackend) -> None:
-        seen.append((tokens, kind, session._compiled is not None))
-
-    def opened(session: GraphsSession, *_: object) -> None:
-        session.device, session._compiled = torch.device("cuda"), None
-
-    monkeypatch.setattr(ReferenceSession, "__init__", opened)
-    monkeypatch.setattr(ReferenceSession, "_compile", lambda _: print)
-    monkeypatch.setattr(GraphsSession, "_captured", captured)
-    monkeypatch.setattr(GraphsSession, "_fastest", lambda *_: (SDPBackend.MATH, None))
-    model = small_generator("1x1x4")
-    session = GraphsSession(system_spec(model.config, None, "fp32", 1), model, None, compiled=True)
-    assert seen == [(4, SDPBackend.MATH, True)]
-    assert session.notes[0] == "step with 4 tokens compiled with MATH"
-
-
 def test_an_export_has_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "export", slow)
     monkeypatch.setattr(gpu, "measure", refuse)
@@ -271,10 +234,10 @@ def test_what_would_run_an_engine_is_looked_for_before_what_would_export_it(
 def test_an_error_without_bounds_is_a_number_of_json_and_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(session: ReferenceSession, tokens: np.ndarray) -> np.ndarray:
+    def spoiled(session: EagerSession, tokens: np.ndarray) -> np.ndarray:
         return np.full((len(tokens), 3, *session.spec.video), np.nan, np.float32)
 
-    monkeypatch.setattr(ReferenceSession, "decode", spoiled)
+    monkeypatch.setattr(EagerSession, "decode", spoiled)
     result = case.measure(asked("reference", tmp_path), None)
     assert result.record
     assert result.record.parity_error == sys.float_info.max
@@ -289,10 +252,10 @@ def test_an_error_without_bounds_is_a_number_of_json_and_a_failure(
 
 
 def test_an_engine_that_is_not_the_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sabotage(_: ReferenceSession, logits: object, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
+    def sabotage(_: EagerSession, logits: object, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
         return sampling.sample(np.asarray(logits), uniforms, settings) ^ 1
 
-    monkeypatch.setattr(ReferenceSession, "sample", sabotage)
+    monkeypatch.setattr(EagerSession, "sample", sabotage)
     result = case.measure(asked("reference", tmp_path), None)
     assert result.record
     assert result.record.parity_error
@@ -317,35 +280,6 @@ def test_spans_and_bandwidth_on_the_hosts_clock() -> None:
     assert device.peak_bandwidth(CPU) is None
 
 
-def test_logits_off_the_host_are_drawn_by_torch_as_numpy_draws() -> None:
-    model = small_generator("1x1x4")
-    spec = system_spec(model.config, None, "bf16", 1)
-    with ReferenceSession(spec, model, None) as reference:
-        logits = reference.prefill(np.zeros((1, spec.condition_tokens), np.int64))
-        assert isinstance(logits, OnDevice)
-        assert logits.shape == (1, 4, 50)
-        noise = np.random.default_rng(0).random((1, 4))
-        drawn = reference.sample(logits, noise, Sampling(top_k=20))
-    np.testing.assert_array_equal(drawn, sampling.sample(np.asarray(logits), noise, Sampling(top_k=20)))
-
-
-def test_caches_come_and_go_by_name() -> None:
-    model = small_generator("1x1x4")
-    reference = ReferenceSession(system_spec(model.config, None, "bf16", 1), model, None)
-    given = {t.name: np.full(t.shape, i / 8, np.float32) for i, t in enumerate(reference.spec.caches())}
-    reference.write_caches(given)
-    found = reference.read_caches()
-    assert found.keys() == given.keys()
-    assert all((found[name] == given[name]).all() for name in given)
-    assert (reference.v_caches[1] == 3 / 8).all()
-
-
-def test_cuda_graphs_take_cuda() -> None:
-    model = small_generator("1x1x4")
-    with pytest.raises(EngineError, match="CUDA device"):
-        GraphsSession(system_spec(model.config, None, "fp32", 1), model, None, "cpu")
-
-
 @pytest.mark.slow
 def test_an_exported_engine_is_measured_from_a_bundle_of_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -364,22 +298,6 @@ def test_an_exported_engine_is_measured_from_a_bundle_of_the_same_weights(
     other = sources.find(sources.Request("nbp-tiny", weights="random")), "0" * 64
     monkeypatch.setattr(case, "_master", lambda _: other)
     assert "other weights" in case.measure(ours, None).why
-
-
-@pytest.mark.slow
-def test_the_compiled_step_is_the_same() -> None:
-    def steps(compiled: bool, model: NextBlockTransformer) -> list[np.ndarray]:
-        spec = system_spec(model.config, None, "fp32", 2)
-        engine = ReferenceSession(spec, model, None, compiled=compiled)
-        tokens = np.random.default_rng(0).integers(0, spec.vocab, (2, spec.clip_tokens))
-        P, L = spec.condition_tokens, spec.block_size
-        outputs = [engine.prefill(tokens[:, :P])]
-        outputs += [engine.step(tokens[:, at : at + L], np.array([at, at])) for at in (P, P + L)]
-        return [*outputs, *engine.read_caches().values()]
-
-    model = small_generator("1x1x4")
-    for ours, due in zip(steps(True, model), steps(False, model), strict=True):
-        assert compare("", "", "", ours, due, 5e-5).passed
 
 
 def test_a_gpu_is_described_by_the_drivers_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
