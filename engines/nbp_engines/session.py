@@ -9,7 +9,7 @@ Shape legend: B batch, T tokens in the call, L tokens in a block, P condition to
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -57,6 +57,21 @@ class Session(Protocol):
 
     def __exit__(self, *_: object) -> None:
         """Close it."""
+        ...
+
+
+@runtime_checkable
+class Unrolling(Protocol):
+    """A session that also makes all tokens of a clip in one call: the host then waits once per clip, not per step."""
+
+    def unroll(self, condition: np.ndarray, noise: np.ndarray, settings: Sampling) -> np.ndarray:
+        """Predicted tokens int64 [B,blocks·L], as sampled, in block order: those that prefill, sample and step make.
+
+        Args:
+            condition: int64 [B,P], as `prefill` takes it.
+            noise: float64 [blocks,B,L] in [0,1).
+            settings: how tokens are drawn.
+        """
         ...
 
 

@@ -13,7 +13,7 @@ from typing import Self
 from nbp_reports.errors import RecordError
 
 SCHEMA = 2
-STAGES = ("encode", "prefill", "step", "sample", "decode")
+STAGES = ("encode", "prefill", "step", "sample", "loop", "decode")
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Record:
         interleaved: whether the engines took turns, clip by clip, in processes kept alive together.
         frames: predicted frames a clip.
         steps: forward passes a clip as the paper counts them, the prefill being the first.
-        total_ns: wall time of each clip, end to end; the five stages add up to it.
+        total_ns: wall time of each clip, end to end; the stages add up to it.
         encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: every call of a stage, clip after clip. A GPU goes on
             after a call has returned: there a sample's time holds most of its step's.
+        loop_ns: in place of prefill, step and sample, where an engine does all of a clip's steps in one go.
         first_frame_ns: from the call to the first predicted frames, when streaming.
         peak_memory_bytes: largest resident size of the engine's own process.
         token_agreement: share of predicted tokens equal to the reference engine's, same noise.
@@ -92,6 +93,7 @@ class Record:
     peak_memory_bytes: int | None
     token_agreement: float | None
     first_divergence: int | None
+    loop_ns: list[int] = field(default_factory=list)
     fvd: float | None = None
     device_step_ns: list[int] = field(default_factory=list)
     device_pass_ns: list[int] = field(default_factory=list)

@@ -9,9 +9,10 @@ import torch
 from nbp_bench.fused_step import MASK_ALIGNMENT, additive_mask_rows, fused_projection
 from nbp_bench.torch_sessions import DeviceLogits, EagerSession, NaiveSession
 from nbp_engines import sampling
-from nbp_engines.generator import Generator
+from nbp_engines.generator import Generator, Timeline
 from nbp_engines.noise import uniforms
 from nbp_engines.sampling import GREEDY, Sampling
+from nbp_engines.session import Unrolling
 from nbp_export.graphs import system_spec
 from nbp_export.parity import compare
 from nbp_reference.config import BlockShape, Latent, ModelConfig, TextCondition
@@ -217,6 +218,19 @@ def test_a_model_that_moved_is_joined_again() -> None:
 
 
 # The loop on the device.
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["frames", "hybrid"])
+def test_the_generator_unrolls_what_can_be_unrolled(hybrid: bool) -> None:
+    model = small_model("1x2x2", hybrid)
+    spec = system_spec(model.config, None, "fp32", 2)
+    eager = EagerSession(spec, model, None)
+    assert isinstance(eager, Unrolling)
+    assert not isinstance(NaiveSession(spec, model, None), Unrolling)
+    timeline = Timeline()
+    tokens = Generator(eager, seed=3)._unrolled(eager, condition_of(eager), 0, timeline)
+    np.testing.assert_array_equal(tokens, step_by_step(eager, Sampling()))
+    assert [stage for stage, _ in timeline.spans] == ["loop"]
 
 
 def unrolled(session: EagerSession, settings: Sampling) -> np.ndarray:
