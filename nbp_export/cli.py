@@ -149,7 +149,8 @@ def _export(
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
     from nbp_export.inspect import counted
     from nbp_export.onnx_bundle import export, rehearse
-    from nbp_export.sources import Request, find
+    from nbp_export.request import Request
+    from nbp_export.sources import find
 
     library, settled, why = engines.settle() if engines else (None, None, "")  # before anything that takes time
     with _stages() as (say, report):

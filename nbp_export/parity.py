@@ -8,7 +8,7 @@ Shape legend: B batch, N heads, S cache slots, D head dim, L tokens in a block.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class ParityError(NbpError):
     """A graph that differs from the reference."""
 
 
+@runtime_checkable
 class Graphs(Protocol):
     """What is held against the reference: graphs by name, and caches that can be set and read."""
 

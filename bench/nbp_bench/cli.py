@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbp_bench.engine_table import DEFAULT_DTYPE, DEFAULT_ENGINES
-from nbp_bench.engine_table import engines as table_of_engines
+from nbp_bench.engines import DEFAULT_DTYPE, DEFAULT_ENGINES
+from nbp_bench.engines import engines as table_of_engines
 from nbp_engines.spec import BYTES
 from nbp_errors import UsageError
 from nbp_export._commands import Commands, RuntimeName, runtime_help
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class BenchCommands(Commands):
     """The group, whose help lists the engines that there are when it is printed."""
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """The table of engines."""
         with formatter.section("Engines"):
             formatter.write_dl([(engine.name, engine.title) for engine in table_of_engines().values()])
@@ -44,19 +44,24 @@ class BenchCommands(Commands):
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: where each engine runs; cpu if it can]")
 @click.option("--video", type=click.Path(path_type=Path), help="Predict from this video.  [default: a bundled clip]")
 @click.option("--clips", type=click.IntRange(1), default=7, show_default=True, help="Measured clips per row.")
-@click.option("--steps", type=click.IntRange(0), help="Single steps timed back to back.  [default: 200 on cuda, else 0]")
+@click.option(
+    "--steps", type=click.IntRange(0), help="Single steps timed back to back.  [default: 200 on cuda, else 0]"
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads inside an operator.  [default: each runtime's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling noise.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="End by then; what is named first comes first.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="End by then; what is named first comes first."
+)
 @click.option("--profile", is_flag=True, help="Then list the kernels of a step and of decode, in profile.txt.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("nbp-bench-results"), show_default=True)
 @click.option("--bundles", "kept", type=click.Path(path_type=Path), help="Keep exports here.  [default: OUT/bundles]")
 @click.pass_context
-def main(context: click.Context, **options: Any) -> None:
+def main(context: click.Context, /, **options: Any) -> None:
     """Compare block sizes and engines: frames per second, stages, memory and parity on a real clip.
 
-    With --sizes 1,16,256 and nothing else: the bundled nbp-tiny models on a clip from an installed package. Every model,
-    or every --bundle, is measured with every engine, dtype and batch. What cannot be measured is a row with the reason.
+    With --sizes 1,16,256 and nothing else: the bundled nbp-tiny models on a clip from an installed package. Every
+    model, or every --bundle, is measured with every engine, dtype and batch. What cannot be measured is a row with the
+    reason.
     """
     if context.invoked_subcommand:
         return
@@ -151,7 +156,7 @@ def _models(
 ) -> "list[Subject]":
     """A model for each block. Raises UsageError if there is no block, or a checkpoint for none of them."""
     from nbp_bench.plan import Subject
-    from nbp_export.sources import Request
+    from nbp_export.request import Request
 
     asked = [block for option in (sizes, blocks) if option for block in option.split(",")]
     if not asked:

@@ -5,7 +5,7 @@ Torch is imported where it is needed: the memory of an engine that runs a bundle
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from nbp_bench.plan import Case, Subject
     from nbp_export.parity import Check
-    from nbp_export.sources import Request, Source
+    from nbp_export.request import Request
+    from nbp_export.sources import Source
     from nbp_reference.model import NextBlockTransformer
     from nbp_reference.tokenizer import VideoTokenizer
 
@@ -237,9 +238,7 @@ def first_frame(host: Host, case: "Case", condition: np.ndarray, sampling: Sampl
     return Result.of(next(Generator(host.session(case), sampling, seed).stream(condition, 0)))
 
 
-def memory(
-    host: Host, case: "Case", condition: np.ndarray, sampling: Sampling | None, seed: int
-) -> Memory:
+def memory(host: Host, case: "Case", condition: np.ndarray, sampling: Sampling | None, seed: int) -> Memory:
     """Peak memory of the process so far, and on a GPU of one more clip."""
     opened, process = host.sessions[case], peak_memory()
     if case.device == "cpu":
@@ -323,7 +322,10 @@ def profile(host: Host, case: "Case") -> str:
     spec = session.spec
     tokens, clip = (np.zeros((spec.batch, n), np.int64) for n in (spec.block_size, spec.clip_tokens))
     at = np.full(spec.batch, spec.condition_tokens + spec.hybrid * spec.block_size)
-    calls = {"step": lambda: session.step(tokens, at), "decode": lambda: session.decode(clip)}
+    calls: dict[str, Callable[[], object]] = {
+        "step": lambda: session.step(tokens, at),
+        "decode": lambda: session.decode(clip),
+    }
     tables = []
     for name, call in calls.items():
         call()
@@ -447,7 +449,7 @@ def _steady_convolutions() -> AbstractContextManager[None]:
 
     if not torch.cuda.is_available():
         return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
 
 
 def _stream(session: Any, device: "torch.device") -> "torch.cuda.Stream | None":

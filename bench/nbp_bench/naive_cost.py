@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nbp_bench.engines import NaiveSession, ReferenceSession
+from nbp_bench.torch_sessions import EagerSession, NaiveSession
 from nbp_engines.noise import uniforms
 from nbp_engines.sampling import GREEDY, Sampling
 from nbp_export.graphs import system_spec
@@ -23,7 +23,7 @@ from nbp_reference.model import NextBlockTransformer
 ROUNDS = 5
 
 
-def step_ms(session: NaiveSession | ReferenceSession, sampling: Sampling, position: int) -> float:
+def step_ms(session: NaiveSession | EagerSession, sampling: Sampling, position: int) -> float:
     """Milliseconds of one step and the sampling of its block, at a cache position."""
     spec = session.spec
     tokens = np.zeros((1, spec.block_size), np.int64)
@@ -42,7 +42,7 @@ def main() -> None:
         model = NextBlockTransformer(config)
         model.reset(seed=0)
         spec = system_spec(config, None, "fp32", 1)
-        naive, eager = NaiveSession(spec, model, None), ReferenceSession(spec, model, None)
+        naive, eager = NaiveSession(spec, model, None), EagerSession(spec, model, None)
         condition = np.zeros((1, config.condition_tokens), np.int64)
         naive.prefill(condition)
         eager.prefill(condition)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from nbp_bench.engine_table import Engine
+from nbp_bench.engines import Engine
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
-from nbp_export.sources import Request
+from nbp_export.request import Request
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Torch, click and numpy are enough: without rich the tables are plain, and what else is missing is left out and named.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -45,7 +46,7 @@ def run(plan: Plan) -> None:
             record.write([m.record for m in measured], path)
             for m in group:
                 log(table.line(m.record))
-    records = [m.record for m in measured]
+    records = table.sorted_rows([m.record for m in measured])
     if sweep.profile:
         (plan.out / "profile.txt").write_text(sweep.profile + "\n", "utf-8")
     _show(records)
@@ -86,14 +87,18 @@ def _progress(turns: int) -> Iterator[Report]:
         if not turns:
             click.echo(f"  {stage}")
 
-    if find_spec("rich") is None or not click.get_text_stream("stdout").isatty():
+    if find_spec("rich") is None or not sys.stdout.isatty():
         yield lines
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True) as progress:
         task = progress.add_task("begin", total=turns)
-        yield lambda stage, turns=0: progress.update(task, description=stage, advance=turns)  # type: ignore[misc]
+
+        def bar(stage: str, turns: int = 0) -> None:
+            progress.update(task, description=stage, advance=turns)
+
+        yield bar
 
 
 def _show(records: Sequence[Record]) -> None:

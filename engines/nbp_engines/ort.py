@@ -263,6 +263,23 @@ def _no_pad_in_bf16(bundle: Bundle, graphs: Collection[str] | None = None) -> st
     )
 
 
+def _no_onnx_runtime() -> str | None:
+    return _missing("cpu")
+
+
+def _no_cuda() -> str | None:
+    return _no_cuda_provider() or no_gpu()
+
+
+def _on_cpu(_: Bundle) -> str:
+    return "ONNX Runtime on a CPU"
+
+
+def _on_cuda(_: Bundle) -> str:
+    return f"ONNX Runtime's CUDA provider on {gpu_name()}"
+
+
+# Named functions throughout: an entry travels to other processes.
 ORT_CPU = Runtime(
     name="ort-cpu",
     title="ONNX Runtime on a CPU",
@@ -274,8 +291,8 @@ ORT_CPU = Runtime(
     shares_weights=False,
     takes_models=True,
     open=OrtSession,
-    absence=lambda: _missing("cpu"),
-    description=lambda _: "ONNX Runtime on a CPU",
+    absence=_no_onnx_runtime,
+    description=_on_cpu,
 )
 ORT_CUDA = Runtime(
     name="ort-cuda",
@@ -288,7 +305,7 @@ ORT_CUDA = Runtime(
     shares_weights=True,
     takes_models=False,
     open=OrtCudaSession,
-    absence=lambda: _no_cuda_provider() or no_gpu(),
+    absence=_no_cuda,
     refusal=_no_pad_in_bf16,
-    description=lambda _: f"ONNX Runtime's CUDA provider on {gpu_name()}",
+    description=_on_cuda,
 )

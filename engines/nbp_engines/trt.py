@@ -179,8 +179,9 @@ def _no_engines(bundle: Bundle) -> str | None:
     return f"{bundle.path} has no engines: {bundle.manifest.made}; `nbp-export trt` with the same options builds them"
 
 
-def _libraries(bundle: Bundle) -> str:
-    return " and ".join(dict.fromkeys(f"{engine.library} {engine.version}" for engine in bundle.manifest.engines))
+def _libraries_and_gpu(bundle: Bundle) -> str:
+    libraries = dict.fromkeys(f"{engine.library} {engine.version}" for engine in bundle.manifest.engines)
+    return f"{' and '.join(libraries)} on {gpu_name()}"
 
 
 def _library(engine: Engine, bundle: Bundle) -> Any:
@@ -298,5 +299,5 @@ TENSORRT = Runtime(
     open=TrtSession,
     absence=no_gpu,
     refusal=_no_engines,
-    description=lambda bundle: f"{_libraries(bundle)} on {gpu_name()}",
+    description=_libraries_and_gpu,
 )

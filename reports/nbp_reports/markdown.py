@@ -7,6 +7,7 @@ from nbp_reports.record import BASELINE, Record
 from nbp_reports.table import Columns, caption, remarks, rows, tables
 
 FIGURE = "fps_by_block.png"
+BLOCK = 1  # where the block stands in a row's kind
 STEADY = 0.10  # spread above which a machine is called unsteady
 SHEET = "clips.png"  # drawn by whoever has the clips, beside the report
 TEMPLATE = """\
@@ -31,8 +32,8 @@ TEMPLATE = """\
 {% endif %}
 ## How to read it
 - FPS counts the predicted frames of a clip over the wall time from the condition to the last predicted frame: encode,
-  prefill, steps, sampling, decode. It is the median of a row's clips; every clip is a dot in the figure, and all samples
-  are in `records.jsonl`.
+  prefill, steps, sampling, decode. It is the median of a row's clips; every clip is a dot in the figure, and all
+  samples are in `records.jsonl`.
 - `spread` is the interquartile range of the clips' times over their median{{ "" if steady else
   ": **above 10%, so this machine was not steady**; FPS that differ by less than it do not differ" }}.
 - The stages are mean seconds per clip and add up to the wall time. `one step ms` is the median of single steps.
@@ -72,13 +73,16 @@ def verdict(records: Sequence[Record]) -> str:
     lines = []
     for kind in kinds:
         measured = [r for r in records if _kind(r) == kind and r.fps]
-        name = ", ".join([kind[1], *(value for i, value in enumerate(kind) if i != 1 and len({k[i] for k in kinds}) > 1)])
+        varying = (value for i, value in enumerate(kind) if i != BLOCK and len({other[i] for other in kinds}) > 1)
+        name = ", ".join([kind[BLOCK], *varying])
         if not measured:
             lines.append(f"- **{name}**: nothing could be measured.")
             continue
         best = max(measured, key=lambda r: r.fps or 0.0)
         naive = next((r for r in measured if r.role == BASELINE), None)
-        gain = f", {(best.fps or 0.0) / (naive.fps or 1.0):.1f}× the authors' loop" if naive not in (None, best) else ""  # type: ignore[union-attr]
+        gain = ""
+        if naive and naive is not best:
+            gain = f", {(best.fps or 0.0) / (naive.fps or 1.0):.1f}× the authors' loop"
         lines.append(f"- **{name}**: {best.engine} is fastest, {best.fps:.2f} FPS{gain}; {_tokens(measured)}.")
     return "\n".join(lines)
 
@@ -106,7 +110,8 @@ def _each(records: Sequence[Record], value: Callable[[Record], object]) -> str:
 
 def _where(records: Sequence[Record]) -> dict[str, str]:
     machines = dict.fromkeys(
-        f"{r.machine}, {r.cores} cores, {r.memory_bytes / 2**30:.0f} GiB" + (f"; {r.gpu}, driver {r.driver}" if r.gpu else "")
+        f"{r.machine}, {r.cores} cores, {r.memory_bytes / 2**30:.0f} GiB"
+        + (f"; {r.gpu}, driver {r.driver}" if r.gpu else "")
         for r in records
     )
     return {

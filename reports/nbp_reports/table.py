@@ -146,9 +146,19 @@ def _what(record: Record) -> str:
     return f"{record.model} {record.block} {record.dtype}{batch} {record.engine}"
 
 
+def sorted_rows(records: Sequence[Record]) -> list[Record]:
+    """The records with those of one model, block, dtype and batch together, in the order of their first."""
+    kinds = list(dict.fromkeys((r.model, r.block, r.dtype, r.batch) for r in records))
+    return sorted(records, key=lambda r: kinds.index((r.model, r.block, r.dtype, r.batch)))
+
+
 def rows(columns: Columns, records: Sequence[Record]) -> list[list[str]]:
-    """One row of cells per record."""
-    return [[cell(record) for cell in columns.values()] for record in records]
+    """One row of cells per record; where nothing was measured, of FPS that alone is said."""
+    kept = {*IDENTITY, "block", "engine", "FPS"}
+    return [
+        [cell(record) if record.total_ns or name in kept else "" for name, cell in columns.items()]
+        for record in records
+    ]
 
 
 def terminal(title: str, columns: Columns, records: Sequence[Record]) -> "Table":

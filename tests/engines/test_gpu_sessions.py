@@ -26,7 +26,8 @@ from nbp_export.cli import main
 from nbp_export.onnx_bundle import export
 from nbp_export.parity import ParityError, Reference, check_bundle
 from nbp_export.proof import prove_again
-from nbp_export.sources import Request, Source, find
+from nbp_export.request import Request
+from nbp_export.sources import Source, find
 from tests.engines.emulated import Gpu, emulated, with_engines
 from tests.engines.test_sample_cu import by_kernel
 from tests.export.support import Exported

@@ -23,7 +23,8 @@ from nbp_export.cli import main
 from nbp_export.graphs import trace
 from nbp_export.onnx_bundle import GENERATOR, export
 from nbp_export.parity import ParityError
-from nbp_export.sources import Request, Source, find, random_generator
+from nbp_export.request import Request
+from nbp_export.sources import Source, find, random_generator
 from nbp_export.trt_library import RTX, Options
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.model import NextBlockTransformer
