@@ -5,7 +5,7 @@ None means not measured, never zero.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Self
@@ -155,12 +155,16 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read one line; raises RecordError for another schema, or unknown or missing names."""
+        """Read one line; raises RecordError for another schema, for an unknown name and for a missing one.
+
+        A name that has a default may be missing: a column that was added later orphans no record.
+        """
         try:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
                 raise RecordError(f"record schema {data['schema']!r}, this version reads {SCHEMA}")
-            missing = {f.name for f in fields(cls)} - set(data)
+            needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+            missing = needed - set(data)
             if missing:
                 raise RecordError(f"record lacks {', '.join(sorted(missing))}")
             return cls(**data)
