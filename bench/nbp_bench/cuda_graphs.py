@@ -77,8 +77,8 @@ class CapturedStep:
 
     def logits(self, tokens: Tensor, cache_pos: Tensor) -> Tensor:
         """Logits [B,L,V] after tokens [B,T] at cache_pos [B]; the next call overwrites them."""
-        self._tokens_BT.copy_(tokens)
-        self._cache_pos_B.copy_(cache_pos)
+        self._tokens_BT.copy_(tokens, non_blocking=True)  # from the host or the device
+        self._cache_pos_B.copy_(cache_pos, non_blocking=True)
         self._replay()
         return self._replay.result
 

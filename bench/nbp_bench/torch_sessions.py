@@ -58,6 +58,11 @@ def host_array(tensor: Tensor) -> np.ndarray:
     return array
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, for work that is enqueued later; the host does not wait for earlier work."""
+    return tensor.to(device, non_blocking=True)  # pageable memory is copied aside before the call returns
+
+
 def _numpy_reads(tensor: Tensor) -> bool:
     """Whether the tensor is fp32 on the CPU: numpy then works on the same memory."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
@@ -106,11 +111,6 @@ class TorchSession:
         """Video float32 [B,3,F,H,W] of tokens int64 [B,T·H·W]. Raises EngineError without a tokenizer."""
         on_device = torch.from_numpy(tokens).to(self.device)
         return host_array(self._required_tokenizer.decode(on_device, Latent(*self.spec.latent)).float())
-
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        """A tensor of the array's values, for work that is enqueued later."""
-        # This does not wait for earlier work: pageable memory is copied aside before the call returns.
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def close(self) -> None:
         """Do nothing: the memory goes with the session's last reference."""
@@ -198,11 +198,11 @@ class EagerSession(TorchSession):
     @torch.inference_mode()
     def step(self, tokens: np.ndarray, cache_pos: np.ndarray) -> Any:
         """Logits [B,L,V] after the block [B,L] at cache_pos [B]."""
-        return _session_logits(self._step(self._on_device(tokens), self._on_device(cache_pos)))
+        return _session_logits(self._step(torch.from_numpy(tokens), torch.from_numpy(cache_pos)))
 
     def _step(self, tokens: Tensor, cache_pos: Tensor) -> Tensor:
-        """The step on tensors of the device, by the fastest way that the session has."""
-        return self._compute(tokens, cache_pos)
+        """Logits on the device of tensors on the host or the device, by the fastest way that the session has."""
+        return self._compute(*(to_device(tensor, self.device) for tensor in (tokens, cache_pos)))
 
     def _compute(self, tokens: Tensor, cache_pos: Tensor) -> Tensor:
         kind = self._attention.get(tokens.shape[1])
@@ -215,7 +215,7 @@ class EagerSession(TorchSession):
     def sample(self, logits: np.ndarray | DeviceLogits, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
         """Tokens int64 [B,L], all positions at once, by the rule that all engines share."""
         if isinstance(logits, DeviceLogits):
-            return host_array(self._draw(logits.tensor, self._on_device(uniforms), settings))
+            return host_array(self._draw(logits.tensor, to_device(torch.from_numpy(uniforms), self.device), settings))
         return sampling.sample(logits, uniforms, settings)
 
     def _draw(self, logits: Tensor, uniforms: Tensor, settings: Sampling) -> Tensor:
@@ -292,7 +292,10 @@ class NaiveSession(TorchSession):
         query_BT = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
         # In a step every cached token is visible; only the prefill needs the mask.
         mask = block_mask(query_BT, tokens.shape[1], model.config) if start == 0 else None
-        x_BTC = model.tok_emb(self._on_device(tokens)) + model.pos_emb[:, start : start + tokens.shape[1]]
+        x_BTC = (
+            model.tok_emb(to_device(torch.from_numpy(tokens), self.device))
+            + model.pos_emb[:, start : start + tokens.shape[1]]
+        )
         past = []
         with sdpa_kernel(list(NAIVE_ATTENTION)):
             for i, layer in enumerate(cast(Sequence[Any], model.blocks)):
@@ -309,7 +312,7 @@ class NaiveSession(TorchSession):
     def sample(self, logits: np.ndarray | DeviceLogits, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
         """Tokens int64 [B,L], one position after the other."""
         rows = logits.tensor if isinstance(logits, DeviceLogits) else torch.from_numpy(logits)
-        noise = torch.from_numpy(uniforms).to(rows.device)
+        noise = to_device(torch.from_numpy(uniforms), rows.device)
         how = (settings.temperature, settings.top_k, settings.top_p)
         pairs = zip(rows.unbind(1), noise.unbind(1), strict=True)
         return host_array(torch.stack([reference_sampling.sample(row, u, *how) for row, u in pairs], 1))

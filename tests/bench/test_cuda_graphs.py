@@ -1,6 +1,7 @@
 """CUDA graphs rehearsed on a CPU: what is captured when, with which attention, and what a refusal leads to."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,3 +190,15 @@ def test_an_attention_kernel_is_refused_only_while_cuda_works(monkeypatch: pytes
     monkeypatch.setattr(attention_choice, "broken", lambda: True)
     with pytest.raises(RuntimeError, match="no plan"):
         fastest_attention(refuse, CPU)
+
+
+def test_an_eager_session_uses_the_attention_that_was_chosen() -> None:
+    model = small_generator("1x1x4")
+    eager = EagerSession(system_spec(model.config, None, "fp32", 1), model, None)
+    with torch.inference_mode():
+        choice = fastest_attention(partial(eager._warm_step, 4), CPU)
+    assert choice.kind == SDPBackend.MATH, "of those that take a mask on a GPU, the CPU has this one"
+    eager._attention[4] = SDPBackend.EFFICIENT_ATTENTION
+    eager.prefill(np.zeros((1, 32), np.int64))
+    with pytest.raises(RuntimeError, match="No viable backend"):
+        eager.step(np.zeros((1, 4), np.int64), np.array([32]))
