@@ -77,7 +77,7 @@ gpu: ## on a GPU: hold every engine against the reference and time it; wants tor
 	then $(GPU_PYTHON) -m pytest -m gpu $$(grep -rl --include='*.py' 'mark\.gpu' tests) || status=$$?; \
 	else echo "no pytest or hypothesis there: the tests for a GPU did not run"; fi; exit $$status
 
-# The same names as the script's, which measures what it finds, and does so whatever failed before. Never run by us: it takes TensorRT 11 and an A100.
+# The same names as the script's, which measures what it finds, and does so whatever failed before.
 a100: ## on an A100 with TensorRT 11: build engines, verify and time them; leaves one file to send back
 	@failed=; for block in 1x1x16 1x1x1 1x16x16; do bundle=$(A100)/bundles/nbp-xl-$$block-bf16-sm80; \
 	{ test -e $$bundle || $(EXPORT) trt --builder tensorrt --model nbp-xl --weights random --block $$block \
