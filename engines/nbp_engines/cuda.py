@@ -1,7 +1,7 @@
 """An NVIDIA GPU through cuda-python alone: memory, one stream, captured graphs, and the sampling kernel.
 
 Everything is enqueued on the device's one stream, and so happens in the order in which it is written; everything is
-given back when the device is closed. Executed by us against an emulation (tests/engines/emulated.py), never on a GPU.
+given back when the device is closed. Tests run it against an emulation of CUDA (tests/engines/emulated.py).
 """
 
 from collections.abc import Callable, Sequence

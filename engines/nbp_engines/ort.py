@@ -283,6 +283,7 @@ def _on_cuda(_: Bundle) -> str:
 ORT_CPU = Runtime(
     name="ort-cpu",
     title="ONNX Runtime on a CPU",
+    status=("ort-cpu",),
     extra="cpu",
     packages=("onnxruntime",),
     devices=("cpu",),
@@ -297,6 +298,7 @@ ORT_CPU = Runtime(
 ORT_CUDA = Runtime(
     name="ort-cuda",
     title="ONNX Runtime's CUDA provider",
+    status=("ort-cuda", "sample.cu"),
     extra="gpu",
     packages=("onnxruntime-gpu", "cuda-bindings"),
     devices=("cuda",),

@@ -289,6 +289,7 @@ def log_of(trt: Any) -> Any:
 TENSORRT = Runtime(
     name="tensorrt",
     title="the bundle's TensorRT engines",
+    status=("tensorrt", "sample.cu"),
     extra="trt-rtx",
     packages=("tensorrt", "tensorrt-rtx", "cuda-bindings"),
     devices=("cuda",),

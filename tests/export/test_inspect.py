@@ -174,6 +174,6 @@ def test_a_bundle_that_no_session_opens_is_measured_as_an_error(toy: Path) -> No
 
 
 def test_where_the_system_does_not_tell_the_memory(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "STATUS", tmp_path / "nothing")
+    monkeypatch.setattr(inspect, "PROCESS", tmp_path / "nothing")
     with pytest.raises(EngineError, match="leave out --measure"):
         inspect.measure(toy)
