@@ -1,7 +1,8 @@
 """The proof that exported graphs compute what the reference does: the postcondition of every export.
 
 The caches hold random keys and values, different in every layer and never equal to each other, and large finite
-garbage in every slot that is not valid: a stale slot that leaks, swapped caches or a wrong mask cannot pass.
+garbage in every slot that is not valid: a stale slot that leaks, swapped caches or a wrong mask cannot pass. Once they
+are sharpened, so that no valid slot can be overlooked either.
 Shape legend: B batch, N heads, S cache slots, D head dim, L tokens in a block.
 """
 
@@ -20,6 +21,7 @@ from nbp_engines.ort import OrtSession
 from nbp_engines.session import GraphSession, open_session
 from nbp_engines.spec import SystemSpec
 from nbp_export.graphs import TORCH_DTYPES
+from nbp_export.sharpened import sharpened_caches
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
@@ -94,9 +96,17 @@ def check_generator(
     for names in _together(bundle, spec.generator_graphs(), runtime):
         with _session(bundle, names, runtime) as session:
             for name in names:
-                starts = [0] if name == "prefill" else step_positions(spec, name)
-                checks = (c for at in starts for c in check_step(session, name, generator, at, rng))
-                yield from _passed(bundle, checks, runtime)
+                yield from _passed(bundle, check_graph(session, name, generator, rng), runtime)
+        if runtime == "onnx" and spec.dtype == "fp16":
+            for name in (name for name in names if _positions(spec, name)[-1]):
+                yield from _passed(bundle, _check_in_fp32(bundle, name, generator, rng), runtime)
+
+
+def _check_in_fp32(bundle: Bundle, name: str, generator: NextBlockTransformer, rng: torch.Generator) -> Iterator[Check]:
+    """The check of an fp16 graph with sharpened caches, which fp32's tolerance makes far stricter than fp16's."""
+    with _fp32_session(bundle, name) as session:
+        for check in check_sharpened(session, name, generator, rng):
+            yield replace(check, at=f"{check.at}, in fp32 arithmetic")
 
 
 def check_tokenizer(bundle: Bundle, tokenizer: VideoTokenizer, seed: int = 0, runtime: str = "onnx") -> Iterator[Check]:
@@ -125,8 +135,13 @@ def _session(bundle: Bundle, names: list[str], runtime: str) -> GraphSession:
         return open_session(bundle, runtime=runtime, graphs=names)
     (name,) = names
     lean = name in bundle.manifest.spec.generator_graphs()
-    if bundle.manifest.spec.dtype != "bf16":
-        return OrtSession(bundle, graphs=[name], lean=lean)
+    if bundle.manifest.spec.dtype == "bf16":
+        return _fp32_session(bundle, name, lean)
+    return OrtSession(bundle, graphs=[name], lean=lean)
+
+
+def _fp32_session(bundle: Bundle, name: str, lean: bool = True) -> GraphSession:
+    """A graph of a half-precision bundle on a CPU, in fp32 arithmetic."""
     manifest = replace(bundle.manifest, spec=replace(bundle.manifest.spec, dtype="fp32"))
     twin = fp32_twin(bundle.graph_file(name))
     return OrtSession(replace(bundle, manifest=manifest), graphs=[name], lean=lean, models={name: twin})
@@ -146,27 +161,27 @@ def _passed(bundle: Bundle, checks: Iterator[Check], runtime: str) -> Iterator[C
 
 
 def fp32_twin(path: Path) -> bytes:
-    """The same graph with every bf16 tensor in fp32, the weights of the same file widened on the way in.
+    """The same graph with every fp16 or bf16 tensor in fp32, the weights of the same file widened on the way in.
 
-    ONNX Runtime's CPU kernels know no bf16 arithmetic.
+    ONNX Runtime's CPU kernels know no bf16 arithmetic, and fp16 rounds faults away.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     model = onnx.load(path, load_external_data=False)
-    graph, bf16, fp32 = model.graph, TensorProto.BFLOAT16, TensorProto.FLOAT
+    graph, fp32, halves = model.graph, TensorProto.FLOAT, (TensorProto.BFLOAT16, TensorProto.FLOAT16)
     for value in [*graph.input, *graph.output, *graph.value_info]:
-        if value.type.tensor_type.elem_type == bf16:
+        if value.type.tensor_type.elem_type in halves:
             value.type.tensor_type.elem_type = fp32
     for attribute in (a for node in graph.node for a in node.attribute):
-        if attribute.name == "to" and attribute.i == bf16:
+        if attribute.name == "to" and attribute.i in halves:
             attribute.i = fp32
-        if attribute.HasField("t") and attribute.t.data_type == bf16:
+        if attribute.HasField("t") and attribute.t.data_type in halves:
             attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(np.float32)))
     waiting = {}
     for weight in graph.initializer:
-        if weight.data_type == bf16:
-            stored = f"{weight.name} in bf16"
+        if weight.data_type in halves:
+            stored = f"{weight.name} as stored"
             waiting[weight.name] = helper.make_node("Cast", [stored], [weight.name], to=fp32)
             weight.name = stored
     nodes = []
@@ -193,31 +208,71 @@ def step_positions(spec: SystemSpec, name: str = "step") -> list[int]:
     return sorted({first + size * s for s in (0, steps // 2, steps)})
 
 
-def check_step(
-    session: Graphs, name: str, generator: NextBlockTransformer, start: int, rng: torch.Generator
+def _positions(spec: SystemSpec, name: str) -> list[int]:
+    """Where a block graph is checked."""
+    return [0] if name == "prefill" else step_positions(spec, name)
+
+
+def check_graph(session: Graphs, name: str, generator: NextBlockTransformer, rng: torch.Generator) -> Iterator[Check]:
+    """Compare a block graph with the reference at the positions that a generation uses it at.
+
+    The caches hold random numbers at each of them, and are sharpened at the last.
+    """
+    for start in _positions(session.spec, name):
+        yield from check_step(session, name, generator, start, rng)
+    yield from check_sharpened(session, name, generator, rng)
+
+
+def check_sharpened(
+    session: Graphs, name: str, generator: NextBlockTransformer, rng: torch.Generator
 ) -> Iterator[Check]:
-    """Compare one run of a block graph from `start` on with the reference, which computes where the rng is."""
+    """Compare a block graph with the reference at its last position, where most slots are valid, on sharpened caches.
+
+    Where no slot is ever valid there is no such check: in a prefill the call itself holds all that it attends to, and
+    those keys and values are the model's own.
+    """
+    if start := _positions(session.spec, name)[-1]:
+        yield from check_step(session, name, generator, start, rng, sharpened=True)
+
+
+def check_step(
+    session: Graphs,
+    name: str,
+    generator: NextBlockTransformer,
+    start: int,
+    rng: torch.Generator,
+    sharpened: bool = False,
+) -> Iterator[Check]:
+    """Compare one run of a block graph from `start` on with the reference, which computes where the rng is.
+
+    Valid slots hold normal random numbers, or `sharpened_caches`, for which `start` must not be 0.
+    """
     spec, device = session.spec, rng.device
     graph = spec.generator_graphs()[name]
     tokens = torch.randint(spec.vocab, graph.inputs[0].shape, generator=rng, device=device)
     # Rows of a batch at different positions, where there is room: the graph promises one position a row.
     starts = [0 if name == "prefill" else max(start - b * spec.block_size, 0) for b in range(spec.batch)]
+    cache_pos = torch.tensor(starts, device=device)
+    contents = sharpened_caches(generator, tokens, cache_pos, rng) if sharpened else None
     before: dict[str, Tensor] = {}
     for tensor in spec.caches():
         value = torch.empty(tensor.shape, device=device).uniform_(-GARBAGE / 2, GARBAGE / 2, generator=rng)
         value += value.sign() * GARBAGE / 2
+        content = next(contents) if contents else None
         for row, valid in enumerate(starts):
             shown = value[row, :, :valid]
-            shown[:] = torch.randn(shown.shape, generator=rng, device=device)  # several times as fast as in place
+            if content is None:  # a copy is several times as fast as normal numbers in place
+                shown[:] = torch.randn(shown.shape, generator=rng, device=device)
+            else:
+                shown[:] = content[row, :, :valid]
         before[tensor.name] = value.to(TORCH_DTYPES[spec.dtype]).float()
         session.write_caches({tensor.name: before[tensor.name].numpy(force=True)})
     names = list(before)
-    cache_pos = torch.tensor(starts, device=device)
     logits, k_out, v_out = generator.block_step(
         tokens, cache_pos, [before[key] for key in names[0::2]], [before[key] for key in names[1::2]]
     )
     found = session.run(name, tokens=tokens.numpy(force=True), cache_pos=np.array(starts))
-    at, tolerance = f"cache_pos {starts}", TOLERANCE[spec.dtype]
+    at, tolerance = f"cache_pos {starts}{', sharpened' * sharpened}", TOLERANCE[spec.dtype]
     yield compare(name, at, "logits", np.asarray(found), logits.numpy(force=True), tolerance)
     expected = dict(zip(names, (c for pair in zip(k_out, v_out, strict=True) for c in pair), strict=True))
     rows = range(spec.batch)
