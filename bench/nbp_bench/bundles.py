@@ -11,7 +11,6 @@ from nbp_engines.bundle import Bundle
 from nbp_engines.cuda import Device
 from nbp_engines.errors import BundleError
 from nbp_errors import UsageError
-from nbp_export.proof import versions
 
 
 def bundle_for(
@@ -47,6 +46,8 @@ def bundle_for(
 
 def _usable(folder: Path) -> Bundle:
     """The bundle of an earlier run, if it is proven, intact, and made by these versions."""
+    from nbp_export.proof import versions  # needs onnx, which a machine without bundles may lack
+
     try:
         bundle = Bundle.open(folder, require_receipt=True)
         if bundle.manifest.versions == versions():

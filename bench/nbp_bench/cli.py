@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbp_bench.engines import DEFAULT_DTYPE, DEFAULT_ENGINES
+from nbp_bench.engines import DEFAULT_DTYPE, DEFAULT_ENGINES, DEFAULT_STEPS
 from nbp_bench.engines import engines as table_of_engines
 from nbp_engines.spec import BYTES
 from nbp_errors import UsageError
@@ -110,7 +110,7 @@ def _plan(
         device=device,
         video=video,
         clips=clips,
-        steps=(200 if where == "cuda" else 0) if steps is None else steps,
+        steps=DEFAULT_STEPS[where] if steps is None else steps,
         threads=threads,
         seed=seed,
         minutes=minutes,

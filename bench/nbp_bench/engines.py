@@ -35,6 +35,7 @@ class Engine:
         open: opens a PyTorch session on spec, generator, tokenizer and device.
         absence: a sentence that says why it cannot run on a device of this machine, or None.
         runtime: what runs a bundle.
+        status: the rows of `nbp_engines.status` that say what was executed of it so far.
     """
 
     name: str
@@ -46,13 +47,20 @@ class Engine:
     role: str | None = None
     open: "Opener | None" = None
     runtime: Runtime | None = None
+    status: tuple[str, ...] = ("torch-cpu", "torch-cuda")
 
     @classmethod
     def on(cls, runtime: Runtime) -> "Engine":
         """A runtime on a bundle, which is exported first unless it is given."""
-        absence = _RuntimeAbsence(runtime)
         return cls(
-            runtime.name, runtime.title, runtime.devices, runtime.dtypes, absence, slow_start=True, runtime=runtime
+            name=runtime.name,
+            title=runtime.title,
+            devices=runtime.devices,
+            dtypes=runtime.dtypes,
+            absence=_RuntimeAbsence(runtime),
+            slow_start=True,
+            runtime=runtime,
+            status=runtime.status,
         )
 
 
@@ -111,9 +119,10 @@ PYTORCH = (
     Engine("cudagraph", "the eager step in a CUDA graph", ("cuda",), HALF_TOO, _no_device, open=_cudagraph),
     Engine("compiled", "the step by torch.compile", BOTH, HALF_TOO, _no_compiler, slow_start=True, open=_compiled),
 )
-# What is compared where nothing else is asked for, and in which dtype.
+# What is compared where nothing else is asked for, in which dtype, and how many steps are timed by themselves.
 DEFAULT_ENGINES = {"cpu": "naive,eager,ort-cpu", "cuda": "eager,cudagraph,tensorrt,ort-cuda"}
 DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
+DEFAULT_STEPS = {"cpu": 0, "cuda": 200}  # on a CPU the steps of the clips say as much
 
 
 def engines() -> dict[str, Engine]:

@@ -18,7 +18,6 @@ import numpy as np
 from nbp_bench.machine import peak_memory
 from nbp_engines.bundle import Bundle
 from nbp_engines.cuda import Device
-from nbp_engines.errors import EngineError
 from nbp_engines.generator import Clip, Generator
 from nbp_engines.noise import uniforms
 from nbp_engines.runtime import OpenOptions, Runtime
@@ -256,17 +255,23 @@ def memory(host: Host, case: "Case", condition: np.ndarray, sampling: Sampling |
     return Memory(process, models.nbytes + opened.buffers + passing)
 
 
-def step_times(host: Host, case: "Case", count: int, sampling: Sampling | None) -> StepTimes:
-    """Time single steps back to back, at cache positions spread over all that a clip uses."""
-    from nbp_bench.device import spans, step_bytes
+def step_times(host: Host, case: "Case", count: int, sampling: Sampling | None) -> StepTimes | None:
+    """Time single steps back to back, at cache positions spread over all that a clip uses.
 
+    None where the caches grow, so that a step cannot be repeated, and where a clip has no step after the prefill.
+    """
+    from nbp_bench.device import spans, step_bytes
+    from nbp_export.parity import Graphs
+
+    if not isinstance(host.session(case), Graphs):
+        return None
     session, device = host.session(case), _torch_device(case.device)
     spec, settings = session.spec, sampling or session.sampling
     every = range(spec.condition_tokens, spec.capacity - spec.block_size + 1, spec.block_size)
     if spec.hybrid:
         every = every[1:]
     if not every:
-        raise EngineError("a clip has no step after the prefill")
+        return None
     positions = [every[i * len(every) // count] for i in range(count)]
     tokens = np.random.default_rng(0).integers(spec.vocab, size=(spec.batch, spec.block_size))
     noise = np.stack([uniforms(0, b, 0, spec.block_size) for b in range(spec.batch)])

@@ -23,6 +23,7 @@ from nbp_bench.rows import Measurement, Run, identity_of, row
 from nbp_bench.worker import Worker, WorkerError
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import EngineError
+from nbp_engines.status import sentences
 from nbp_errors import NbpError
 from nbp_reports.record import REFERENCE, Record
 
@@ -195,6 +196,7 @@ class Sweep(AbstractContextManager["Sweep"]):
             work()
         except NbpError as error:
             one.failure = " ".join(error.message.split())
+            one.notes += sentences(one.case.engine.status)
             self._log(f"{one.case}: {stage}: {error.message}\n{getattr(error, 'trace', '')}")
 
     def _prepare(self, one: Measurement, identity: Identity) -> None:
