@@ -16,7 +16,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, Engine, File, Manifest
+from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
+from nbp_engines.manifest import SCHEMA, Engine, File, Manifest
 from nbp_engines.ort import ORT_CPU
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec

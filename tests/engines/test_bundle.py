@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, Engine, File, Manifest
+from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
 from nbp_engines.errors import BundleError, EngineError, ReceiptWarning
+from nbp_engines.manifest import SCHEMA, Engine, File, Manifest
 from nbp_engines.registry import open_session
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
@@ -170,7 +171,7 @@ def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatc
     def denied(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("nbp_engines.bundle.sha256", denied)
+    monkeypatch.setattr("nbp_engines.manifest.sha256", denied)
     refused(folder, str(folder / "generator.data"), "Permission denied")
 
 

@@ -242,16 +242,20 @@ REFUSED: dict[str, tuple[Gpu, dict[str, Any], str]] = {
     "another architecture": (
         Gpu(),
         {"arch": "sm86"},
-        r"encode\.engine was built for sm86, Emulated is sm80: build the engines again with --arch sm80; "
-        r"it was made by `nbp-export onnx --checkpoint small\.ckpt --block 1x1x4 --dtype fp16 --batch 1`",
+        (
+            r"encode\.engine was built for sm86, Emulated is sm80: build the engines again with --arch sm80; "
+            r"it was made by `nbp-export onnx --checkpoint small\.ckpt --block 1x1x4 --dtype fp16 --batch 1`"
+        ),
     ),
     "an older GPU": (Gpu(7, 5), {"compatibility": "ampere+"}, "built for sm80, Emulated is sm75"),
     "another of its kind": (Gpu(8, 6), {"compatibility": "same-cc"}, "built for sm80, Emulated is sm86"),
     "another version": (
         Gpu(),
         {"version": "1.6"},
-        r"here is 1\.7.*: pip install 'nbp-export\[trt-rtx\]' tensorrt-rtx==1\.6, or build .*again: "
-        r"it was made by `nbp-export onnx --checkpoint small\.ckpt",
+        (
+            r"here is 1\.7.*: pip install 'nbp-export\[trt-rtx\]' tensorrt-rtx==1\.6, or build .*again: "
+            r"it was made by `nbp-export onnx --checkpoint small\.ckpt"
+        ),
     ),
     "a swapped order": (Gpu(), {"graphs": ("step", "prefill")}, "has no|profile 0 takes tokens"),
     "no room for caches": (Gpu(memory=10_000), {}, r"no room for \w+ on Emulated: asked for [\d,]+ bytes, [\d,]+ free"),
