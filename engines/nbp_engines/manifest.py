@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from nbp_engines.errors import BundleError
+from nbp_engines.loop import loop_of
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import GraphSpec, SystemSpec
 from nbp_engines.strict import ANYTHING, FLAG, FROM_0, TEXT, Rule, check, matching, number, whole
@@ -17,6 +18,7 @@ SCHEMA = 4
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
 MAX_BUFFERS = 2**40  # bytes: no machine has them, and no model of the paper comes near
+DERIVED = ("signatures", "loop")  # what the manifest spells out for readers without this package
 
 DIMENSION = whole(1, 2**31 - 1)
 # Whatever means one file, in the bundle's own folder, on every system.
@@ -54,6 +56,7 @@ MANIFEST_RULES: Rule = {
     "versions": {...: TEXT},
     "provenance": {"note": TEXT, "command": TEXT, ...: ANYTHING},
     "signatures": {...: ANYTHING},
+    "loop": {"block_order": {"raster_index": [ANYTHING], ...: ANYTHING}, ...: ANYTHING},
 }
 
 
@@ -126,6 +129,15 @@ def _check_schema(data: Any) -> None:
     raise BundleError(f"manifest.schema is {schema}, this version reads {SCHEMA}: export it again with {again}")
 
 
+def _same(derived: object, written: object) -> bool:
+    """Whether values are the same JSON, in which 1, 1.0 and true are three; it looks no deeper than `derived` goes."""
+    if isinstance(derived, dict) and isinstance(written, dict):
+        return derived.keys() == written.keys() and all(_same(value, written[key]) for key, value in derived.items())
+    if isinstance(derived, list | tuple) and isinstance(written, list):
+        return len(derived) == len(written) and all(map(_same, derived, written))
+    return (isinstance(derived, str) or type(derived) is type(written)) and derived == written
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a bundle is.
@@ -179,9 +191,11 @@ class Manifest:
         return {use: sum(t.nbytes for t in those) for use, those in tensors.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the graphs' inputs and outputs are spelled out for readers without this package."""
-        signatures = {name: asdict(graph) for name, graph in self.graph_specs().items()}
-        return asdict(self) | {"signatures": signatures}
+        """Plain values; the graphs' inputs and outputs, and the loop, are spelled out for other languages."""
+        return asdict(self) | {"signatures": self._signatures(), "loop": loop_of(self.spec)}
+
+    def _signatures(self) -> dict[str, Any]:
+        return {name: asdict(graph) for name, graph in self.graph_specs().items()}
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -199,12 +213,12 @@ class Manifest:
             "sampling": Sampling(**data["sampling"]),
             "words": tuple(data["words"]),
         }
-        manifest = cls(**{name: made.get(name, value) for name, value in data.items() if name != "signatures"})
-        for contradiction in manifest._contradictions(data["signatures"]):
+        manifest = cls(**{name: made.get(name, value) for name, value in data.items() if name not in DERIVED})
+        for contradiction in manifest._contradictions(data["signatures"], data["loop"]):
             raise BundleError(contradiction)
         return manifest
 
-    def _contradictions(self, signatures: object) -> Iterator[str]:
+    def _contradictions(self, signatures: object, loop: dict[str, Any]) -> Iterator[str]:
         """What cannot all be true together; each presumes that there are none before it."""
         spec = self.spec
         sides = (*spec.latent, spec.condition_latents)
@@ -236,5 +250,8 @@ class Manifest:
         built = Counter(graph for engine in self.engines for graph in engine.graphs)
         if built and built != Counter(self.graphs.keys()):
             yield f"engines hold the graphs {sorted(built.elements())}, where {sorted(self.graphs)} are due"
-        if json.loads(json.dumps({name: asdict(graph) for name, graph in self.graph_specs().items()})) != signatures:
+        if not _same(self._signatures(), signatures):
             yield "the signatures do not follow from the spec"
+        # The lengths first: a clip of the size that the spec says might fit no memory.
+        if len(loop["block_order"]["raster_index"]) != spec.clip_tokens or not _same(loop_of(spec), loop):
+            yield "the loop does not follow from the spec"
