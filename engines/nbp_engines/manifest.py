@@ -30,6 +30,11 @@ SPEC_RULES: Rule = {
     for field in fields(SystemSpec)
     for dimension in [whole(0, 2**31 - 1) if field.name in MAY_BE_0 else DIMENSION]
 } | {"dtype": matching("fp32, fp16 or bf16", "fp32|fp16|bf16"), "layers": whole(1, 4096)}
+SAMPLING_RULES: Rule = {
+    "temperature": FROM_0,
+    "top_k": DIMENSION,
+    "top_p": number("a number above 0 and up to 1", lambda v: 0 < v <= 1),
+}
 MANIFEST_RULES: Rule = {
     "schema": whole(SCHEMA, SCHEMA),
     "runtime": TEXT,
@@ -47,11 +52,7 @@ MANIFEST_RULES: Rule = {
     ],
     "files": [{"path": NAME, "size": whole(0, 2**63 - 1), "sha256": SHA256}],
     "model": {"name": TEXT, "config": {...: ANYTHING}, "weights_sha256": SHA256, "trained": FLAG},
-    "sampling": {
-        "temperature": FROM_0,
-        "top_k": DIMENSION,
-        "top_p": number("a number above 0 and up to 1", lambda v: 0 < v <= 1),
-    },
+    "sampling": SAMPLING_RULES,
     "words": [TEXT],
     "versions": {...: TEXT},
     "provenance": {"note": TEXT, "command": TEXT, ...: ANYTHING},
