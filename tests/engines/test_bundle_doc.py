@@ -75,7 +75,9 @@ def test_a_program_that_follows_the_page_gets_the_same_clips(bundle: Bundle, set
             tokens = found
     assert np.array_equal(clip, tokens)
     assert np.array_equal(codes, bundle.manifest.spec.codes(tokens))
-    assert np.unique(clip).size > 5
+    spec = bundle.manifest.spec
+    predicted = clip[:, spec.order()[-spec.blocks * spec.block_size :]]
+    assert settings == GREEDY or np.unique(predicted).size > 5
 
 
 def test_a_program_that_follows_the_page_repeats_the_trace(bundle: Bundle) -> None:

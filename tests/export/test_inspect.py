@@ -89,7 +89,9 @@ def test_the_page_names_everything(full: Bundle) -> None:
         "video fp32 [1, 3, 5, 16, 16] tokens int64 [1, 32]",
         "prefill, step",
         f"{inspect.describe(full)['memory']['buffers']:,}",
-        f"receipt valid: {len(receipt['checks'])} checks, in fp32; worst: {receipt['worst']['graph']} at",
+        f"receipt valid: {len(receipt['checks'])} checks, in fp32 by ONNX Runtime on a CPU; worst: ",
+        f"{receipt['worst']['graph']} at {receipt['worst']['at']}",
+        "trace.json",
         f"onnxruntime {receipt['versions']['onnxruntime']}",
     ):
         assert part in page, page
