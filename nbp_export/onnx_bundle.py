@@ -16,7 +16,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, Engine, File, Manifest
+from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
+from nbp_engines.manifest import SCHEMA, Engine, File, Manifest
 from nbp_engines.ort import ORT_CPU
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
@@ -28,6 +29,7 @@ from nbp_export.graphs import graph_module, system_spec, trace
 from nbp_export.inspect import status_of
 from nbp_export.proof import Report, prove, versions
 from nbp_export.sources import Source
+from nbp_export.trace import TRACE, record_trace
 from nbp_export.trt_library import Options
 from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
 
@@ -64,7 +66,8 @@ def export(
         digest = weights_sha256(source.generator, source.tokenizer)
         graphs = _write_graphs(source, spec, folder, report, one_graph or engines is not None)
         built = trt.build_engines(folder, spec.graphs(), graphs, engines, report) if engines else ()
-        content = _manifest(source, spec, digest, folder, graphs, built, engines).to_bytes()
+        manifest = _manifest(source, spec, digest, folder, graphs, built, engines)
+        content = _with_trace(folder, manifest, report).to_bytes()
         bundle = Bundle.of(folder, content)
         write_json(folder / RECEIPT, prove(bundle, report))
         (folder / MANIFEST).write_bytes(content)  # last, so that whatever a killed export leaves is no bundle
@@ -179,6 +182,13 @@ def _command(source: Source, spec: SystemSpec, options: Options | None) -> str:
     words += ["--dtype", spec.dtype, "--batch", str(spec.batch), *(options.words() if options else ())]
     # A name may hold what no terminal should obey.
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shlex.join(words))
+
+
+def _with_trace(folder: Path, manifest: Manifest, report: Report) -> Manifest:
+    """The manifest with the trace, which the reference makes with the weights of the files that are there already."""
+    report(f"record {TRACE}")
+    path = record_trace(Bundle.of(folder, manifest.to_bytes()))
+    return replace(manifest, files=tuple(sorted((*manifest.files, File.of(path)), key=lambda file: file.path)))
 
 
 def _manifest(

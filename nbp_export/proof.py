@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nbp_engines.strict import write_json
 from nbp_errors import NbpError
 from nbp_export import lint, parity
 from nbp_export.inspect import look, status_of
+from nbp_export.trace import check_trace, read_trace
 from nbp_export.weights import read_generator, read_tokenizer
 
 TOOLS = ("nbp-export", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -23,21 +25,22 @@ Report = Callable[[str], None]
 def prove(bundle: Bundle, report: Report = lambda _: None, runtime: Runtime = DEFAULT) -> dict[str, Any]:
     """Compare every graph, run by a runtime, with the reference on the bundle's own weights; returns the receipt.
 
-    On a CPU one graph and one layer of the reference are in memory at a time. `report` gets each stage as it begins.
+    Then the generation loop has to repeat the bundle's trace. On a CPU one graph and one layer of the reference are in
+    memory at a time. `report` gets each stage as it begins.
 
-    Raises LintError or ParityError if a graph would not do what the reference does, EngineError if the runtime cannot
-    run here, or cannot run this bundle.
+    Raises LintError or ParityError if a graph would not do what the reference does, BundleError if the bundle has no
+    trace, EngineError if the runtime cannot run here, or cannot run this bundle.
     """
     if why := runtime.absence() or runtime.refusal(bundle):
         raise EngineError(why)
-    ran, dtype = runtime.description(bundle), bundle.manifest.spec.dtype
+    ran, dtype, trace = runtime.description(bundle), bundle.manifest.spec.dtype, read_trace(bundle)
     arithmetic = dtype if dtype in runtime.dtypes else f"fp32 arithmetic, on weights rounded to {dtype},"
     for name, spec in bundle.manifest.graph_specs().items():
         report(f"lint {name}")
         lint.check(bundle.graph_file(name), spec)
     checks: list[parity.Check] = []
     reference = parity.Reference(read_generator(bundle), read_tokenizer(bundle))
-    for check in parity.check_bundle(bundle, reference, runtime):
+    for check in chain(parity.check_bundle(bundle, reference, runtime), check_trace(bundle, trace, runtime)):
         if not checks or checks[-1].graph != check.graph or checks[-1].at != check.at:
             report(f"check {check.graph} at {check.at}")
         checks.append(check)

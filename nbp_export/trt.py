@@ -14,8 +14,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from nbp_engines.bundle import NAME, Bundle, Engine
+from nbp_engines.bundle import Bundle
 from nbp_engines.errors import BundleError
+from nbp_engines.manifest import NAME, Engine
 from nbp_engines.spec import GraphKind, GraphSpec
 from nbp_engines.strict import FROM_0, Kind, Rule, loads, matching, whole, write_json
 from nbp_engines.strict import check as conform

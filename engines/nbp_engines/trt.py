@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from nbp_engines.bundle import Bundle, Engine
+from nbp_engines.bundle import Bundle
 from nbp_engines.cuda import Buffer, Device, Graph, Mirror, Sampler, enqueue_copy, gpu_name, no_gpu
 from nbp_engines.errors import EngineError
+from nbp_engines.manifest import Engine
 from nbp_engines.runtime import OpenOptions, Runtime
 from nbp_engines.sampling import Sampling
 from nbp_engines.session import GraphSession, state_tensors

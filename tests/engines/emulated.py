@@ -24,7 +24,8 @@ import tensorrt_rtx
 from cuda.bindings import driver, nvrtc, runtime
 
 from nbp_engines import cuda
-from nbp_engines.bundle import Bundle, Engine
+from nbp_engines.bundle import Bundle
+from nbp_engines.manifest import Engine
 from nbp_engines.ort import TYPES
 from nbp_engines.sampling import Sampling, sample
 from nbp_engines.spec import GraphSpec, SystemSpec, TensorSpec

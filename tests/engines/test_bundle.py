@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbp_engines.bundle import MANIFEST, RECEIPT, SCHEMA, Bundle, Engine, File, Manifest
+from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
 from nbp_engines.errors import BundleError, EngineError, ReceiptWarning
+from nbp_engines.loop import loop_of
+from nbp_engines.manifest import SCHEMA, Engine, File, Manifest
 from nbp_engines.registry import open_session
 from nbp_engines.sampling import Sampling
 from nbp_engines.spec import SystemSpec
@@ -122,6 +124,45 @@ def test_the_manifest_spells_out_the_signatures(folder: Path) -> None:
     assert step["states"][1] == {"input": "v_cache_0", "output": "v_cache_0_out", "in_place": True}
 
 
+def test_the_manifest_spells_out_the_loop_of_frame_prediction(folder: Path) -> None:
+    loop = json.loads((folder / MANIFEST).read_text())["loop"]
+    assert loop["mode"] == "frame prediction"
+    assert loop["counts"] == {
+        "batch": 1,
+        "condition_tokens": 16,
+        "clip_tokens": 48,
+        "block_size": 4,
+        "blocks": 8,
+        "steps": 8,
+        "capacity": 44,
+    }
+    assert loop["block_order"]["raster_index"] == [*range(48)]
+    assert loop["condition"]["shift"] == loop["video_codes"]["shift"] == 0
+    assert loop["special_ids"] is None
+    prefill, step = loop["calls"]
+    assert (prefill["graph"], prefill["times"], prefill["cache_pos"]) == ("prefill", 1, 0)
+    assert (step["graph"], step["times"], step["cache_pos"], step["cache_pos_increment"]) == ("step", 7, 16, 4)
+
+
+@pytest.mark.parametrize(("block", "graph"), [((1, 2, 2), "step_1"), ((1, 1, 1), "step")])
+def test_the_loop_of_a_hybrid(block: tuple[int, int, int], graph: str) -> None:
+    L = 4 if graph == "step_1" else 1
+    loop = loop_of(replace(SPEC, block=block, condition_latents=0, condition_frames=0, text_tokens=3, text_vocab=5))
+    assert loop["mode"] == "class-conditional"
+    assert loop["counts"]["steps"] == 48 // L + L - 1
+    assert loop["special_ids"] == {"begin_of_video": 0, "middle_of_video": [1, 2, 3][: L - 1]}
+    assert loop["condition"]["shift"] == L
+    assert (loop["video_codes"]["shift"], loop["video_codes"]["count"]) == (L + 5, 30 - L - 5)
+    prefill, first, step = loop["calls"]
+    assert (prefill["times"], prefill["cache_pos"], prefill["logits"]) == (1, 0, "unused")
+    assert (first["graph"], first["times"], first["cache_pos"], first["cache_pos_increment"]) == (graph, L, 3, 1)
+    assert (step["graph"], step["times"]) == ("step", 48 // L - 1)
+    assert (step["cache_pos"], step["cache_pos_increment"]) == (3 + L, L)
+    assert ("middle-of-video" in step["tokens"]) == (L > 1)
+    if L == 4:
+        assert loop["block_order"]["raster_index"][:8] == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
 def test_graph_files_are_found_by_name(folder: Path) -> None:
     assert Bundle.open(folder).graph_file("step") == folder / "step.onnx"
 
@@ -170,7 +211,7 @@ def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatc
     def denied(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("nbp_engines.bundle.sha256", denied)
+    monkeypatch.setattr("nbp_engines.manifest.sha256", denied)
     refused(folder, str(folder / "generator.data"), "Permission denied")
 
 
@@ -243,6 +284,14 @@ WRONG_VALUES: list[tuple[str, str, Iterable[object]]] = [
     ("provenance.command", "provenance.command is ", [None, 3, "\x1b]0;title\x07"]),
     ("signatures", "signatures", [None, [], {}, {"step": {}}]),
     ("signatures.step", "signatures do not follow", [None]),
+    ("signatures.step.states[0].in_place", "signatures do not follow", [1, False, None]),
+    ("loop", "loop", [None, [], {}, {"block_order": {}}, {"block_order": {"raster_index": []}}]),
+    ("loop.mode", "loop does not follow", ["class-conditional", None]),
+    ("loop.counts.steps", "loop does not follow", [7, 8.0, "8"]),
+    ("loop.block_order.raster_index", "loop", [None, {}, [], [0], [*range(1, 48), 0]]),
+    ("loop.calls[1].cache_pos", "loop does not follow", [0, 16.0]),
+    ("loop.noise.generator", "loop does not follow", ["Philox4x32-10"]),
+    ("loop.extra", "loop does not follow", [1]),
     ("extra", "'extra', which means nothing", [1]),
 ]
 CASES = [
@@ -342,7 +391,8 @@ def one_more_file(path: str) -> Callable[[Manifest], Manifest]:
     return lambda manifest: replace(manifest, files=(*manifest.files, replace(manifest.files[0], path=path)))
 
 
-# Every value is possible, and the signatures follow from the spec: together they cannot be.
+# Every value is possible, and together they cannot be. Signatures and loop are still those of the intact spec, which
+# must not be what is refused.
 CONTRADICTIONS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
     "a block that does not tile": (spec(block=(1, 1, 3)), "block (1, 1, 3) does not tile the latent (3, 4, 4)"),
     "a block longer than the clip": (spec(block=(4, 4, 4)), "does not tile"),
@@ -382,11 +432,12 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_values_that_contradict_each_other(folder: Path, name: str) -> None:
     change, words = CONTRADICTIONS[name]
-    manifest = change(Bundle.open(folder).manifest)
+    intact = Bundle.open(folder).manifest
+    manifest = change(intact)
     for file in manifest.files[4:]:
         with suppress(shutil.SameFileError):  # all there, even those that must not be listed
             shutil.copy(folder / "generator.data", folder / file.path)
-    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    (folder / MANIFEST).write_text(json.dumps(intact.to_json() | asdict(manifest)))
     refused(folder, MANIFEST, words)
 
 
@@ -395,7 +446,7 @@ def test_signatures_that_contradict_the_spec(folder: Path) -> None:
     refused(folder, MANIFEST, "signatures")
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Manifest)])
+@pytest.mark.parametrize("name", [*(field.name for field in fields(Manifest)), "signatures", "loop"])
 def test_a_missing_name(folder: Path, name: str) -> None:
     edit(folder, lambda data: data.pop(name))
     refused(folder, MANIFEST, name)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from nbp_engines.bundle import Bundle, Manifest
+from nbp_engines.bundle import Bundle
 from nbp_engines.errors import EngineError
+from nbp_engines.manifest import Manifest
 from nbp_engines.ort import OrtSession
 from nbp_engines.registry import open_session
 from nbp_engines.runtime import OpenOptions

@@ -7,7 +7,8 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from nbp_engines.bundle import MANIFEST, Bundle, File
+from nbp_engines.bundle import MANIFEST, Bundle
+from nbp_engines.manifest import File
 from nbp_export.sources import Source
 from nbp_reference.config import BlockShape, Latent, ModelConfig, Stage, TokenizerConfig
 from nbp_reference.model import NextBlockTransformer, tensor_scatter_

@@ -90,6 +90,7 @@ def test_the_page_names_everything(full: Bundle) -> None:
         "prefill, step",
         f"{inspect.describe(full)['memory']['buffers']:,}",
         f"receipt valid: {len(receipt['checks'])} checks, {receipt['executed']}; worst: {receipt['worst']['graph']} at",
+        "trace.json",
         f"onnxruntime {receipt['versions']['onnxruntime']}",
     ):
         assert part in page, page

@@ -23,10 +23,12 @@ ROOT = Path(__file__).parents[2]
     ("stop", "how"),
     [
         ("trace step", KeyboardInterrupt),
+        ("record trace.json", KeyboardInterrupt),
         ("lint step", OSError(28, "No space left on device")),
         ("check step at cache_pos [48]", KeyboardInterrupt),
+        ("check step at trace, call 1", KeyboardInterrupt),
     ],
-    ids=["trace", "lint", "check"],
+    ids=["trace", "record", "lint", "check", "replay"],
 )
 def test_stopped_at_a_stage(stop: str, how: BaseException, tmp_path: Path) -> None:
     reached = []
