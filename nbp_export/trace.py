@@ -236,35 +236,37 @@ class _Replay(_Script):
         call, values_BTV = self._call, np.asarray(logits)
         pairs = [(f"largest magnitude of the {values_BTV.size} logits", np.abs(values_BTV).max(), call["largest"])]
         for row in call["logits"]:
-            found = values_BTV[row["clip"], row["row"]][self._trace["vocabulary_ids"]]
-            for i, value, due in zip(self._trace["vocabulary_ids"], found, row["values"], strict=True):
-                pairs.append((f"logit {i} of clip {row['clip']}, row {row['row']}", value, due))
-        errors = np.array([abs(float(value) - due) for _, value, due in pairs]) / max(1.0, call["largest"])
+            values = values_BTV[row["clip"], row["row"]][self._trace["vocabulary_ids"]]
+            for i, value, expected in zip(self._trace["vocabulary_ids"], values, row["values"], strict=True):
+                pairs.append((f"logit {i} of clip {row['clip']}, row {row['row']}", value, expected))
+        errors = np.array([abs(float(value) - expected) for _, value, expected in pairs]) / max(1.0, call["largest"])
         errors[~np.isfinite(errors)] = np.inf
-        name, value, due = pairs[errors.argmax()]
-        where = f"{name}: expected {due:.6g}, found {value:.6g}"
+        name, value, expected = pairs[errors.argmax()]
+        where = f"{name}: expected {expected:.6g}, computed {value:.6g}"
         self._add(Check(graph, self._at, self._tolerance, float(errors.max()), where))
         return logits
 
     def sample(self, logits: Any, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
         """The trace's tokens, which the runtime draws too, but for those that an allowed error of its logits moves."""
         self._expect("uniforms", uniforms.tolist())
-        call, due = self._call, np.array(self._call["drawn"])
-        found = self._opened(call["graph"]).sample(logits, uniforms, settings)
+        call, expected = self._call, np.array(self._call["drawn"])
+        drawn = self._opened(call["graph"]).sample(logits, uniforms, settings)
         allowed = self._tolerance * max(1.0, call["largest"])
-        beyond, where = 0.0, f"tokens: all {due.size} equal"
-        for clip, row in np.argwhere(found != due):
-            token, u = due[clip, row], uniforms[clip, row]
+        beyond, where = 0.0, f"tokens: all {expected.size} equal"
+        differing = np.argwhere(drawn != expected)
+        for clip, row in differing:
+            token, u = expected[clip, row], uniforms[clip, row]
             least, most = reach(np.asarray(logits)[clip, row].astype(np.float64), token, settings, allowed)
             distance = max(least - u, u - most, 0.0)
             if distance >= beyond:
                 beyond = distance
                 where = (
-                    f"token of clip {clip}, row {row}: expected {token}, drawn {found[clip, row]} with {u}, "
-                    f"where an allowed error of the logits lets uniforms from {least:.6g} to {most:.6g} give {token}"
+                    f"{len(differing)} of {expected.size} tokens differ; clip {clip}, row {row}: expected {token}, "
+                    f"drawn {drawn[clip, row]} with {u}, where an allowed error of the logits lets uniforms from "
+                    f"{least:.6g} to {most:.6g} give {token}"
                 )
         self._add(Check(call["graph"], self._at, 0.0, float(beyond), where))
-        return due
+        return expected
 
     def close(self) -> None:
         """Close the runtime's session."""
