@@ -16,7 +16,8 @@ from nbp_engines.sampling import GREEDY, Sampling, sample
 from nbp_errors import NbpError
 from nbp_export.parity import TOLERANCE, ParityError
 from nbp_export.proof import prove_again
-from nbp_export.trace import TRACE, check_trace, reach, read_trace, traced_calls
+from nbp_export.reach import reach
+from nbp_export.trace import TRACE, check_trace, read_trace, traced_calls
 from tests.export.support import Exported, resealed
 
 Exporter = Callable[..., Exported]
