@@ -1,4 +1,4 @@
-"""Exports a model to an ONNX bundle: trace, share the weights, lint, prove parity, and only then give it its name."""
+"""Exports a model to an ONNX bundle: graphs, shared weights, a recorded trace, the proof, and only then its name."""
 
 import glob
 import os

@@ -1,9 +1,8 @@
 """The proof that a bundle is the model: lint and parity of every graph, written down as its receipt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from nbp_engines.strict import write_json
 from nbp_errors import NbpError
 from nbp_export import lint, parity
 from nbp_export.inspect import look, status_of
-from nbp_export.trace import check_trace, read_trace
+from nbp_export.trace import TRACE, check_trace, read_trace
 from nbp_export.weights import read_generator, read_tokenizer
 
 TOOLS = ("nbp-export", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -40,10 +39,16 @@ def prove(bundle: Bundle, report: Report = lambda _: None, runtime: Runtime = DE
         lint.check(bundle.graph_file(name), spec)
     checks: list[parity.Check] = []
     reference = parity.Reference(read_generator(bundle), read_tokenizer(bundle))
-    for check in chain(parity.check_bundle(bundle, reference, runtime), check_trace(bundle, trace, runtime)):
-        if not checks or checks[-1].graph != check.graph or checks[-1].at != check.at:
-            report(f"check {check.graph} at {check.at}")
-        checks.append(check)
+
+    def take(passed: Iterator[parity.Check]) -> None:
+        for check in passed:
+            if not checks or checks[-1].graph != check.graph or checks[-1].at != check.at:
+                report(f"check {check.graph} at {check.at}")
+            checks.append(check)
+
+    take(parity.check_bundle(bundle, reference, runtime))
+    report(f"repeat {TRACE}")
+    take(check_trace(bundle, trace, runtime))
     return {
         "files": bundle.hashes(),
         "reference": "nbp_reference, fp32 arithmetic, weights as the bundle holds them",

@@ -24,6 +24,7 @@ from nbp_engines.session import GraphSession
 from nbp_engines.spec import GraphSpec, SystemSpec
 from nbp_engines.strict import FROM_0, TEXT, Kind, Rule, check, loads, number, whole, write_json
 from nbp_export.parity import TOLERANCE, Check, ParityError, _session
+from nbp_export.reach import reach
 from nbp_export.weights import read_generator
 from nbp_reference.model import NextBlockTransformer, tensor_scatter_
 from nbp_reference.sampling import sample
@@ -236,35 +237,37 @@ class _Replay(_Script):
         call, values_BTV = self._call, np.asarray(logits)
         pairs = [(f"largest magnitude of the {values_BTV.size} logits", np.abs(values_BTV).max(), call["largest"])]
         for row in call["logits"]:
-            found = values_BTV[row["clip"], row["row"]][self._trace["vocabulary_ids"]]
-            for i, value, due in zip(self._trace["vocabulary_ids"], found, row["values"], strict=True):
-                pairs.append((f"logit {i} of clip {row['clip']}, row {row['row']}", value, due))
-        errors = np.array([abs(float(value) - due) for _, value, due in pairs]) / max(1.0, call["largest"])
+            values = values_BTV[row["clip"], row["row"]][self._trace["vocabulary_ids"]]
+            for i, value, expected in zip(self._trace["vocabulary_ids"], values, row["values"], strict=True):
+                pairs.append((f"logit {i} of clip {row['clip']}, row {row['row']}", value, expected))
+        errors = np.array([abs(float(value) - expected) for _, value, expected in pairs]) / max(1.0, call["largest"])
         errors[~np.isfinite(errors)] = np.inf
-        name, value, due = pairs[errors.argmax()]
-        where = f"{name}: expected {due:.6g}, found {value:.6g}"
+        name, value, expected = pairs[errors.argmax()]
+        where = f"{name}: expected {expected:.6g}, computed {value:.6g}"
         self._add(Check(graph, self._at, self._tolerance, float(errors.max()), where))
         return logits
 
     def sample(self, logits: Any, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
         """The trace's tokens, which the runtime draws too, but for those that an allowed error of its logits moves."""
         self._expect("uniforms", uniforms.tolist())
-        call, due = self._call, np.array(self._call["drawn"])
-        found = self._opened(call["graph"]).sample(logits, uniforms, settings)
+        call, expected = self._call, np.array(self._call["drawn"])
+        drawn = self._opened(call["graph"]).sample(logits, uniforms, settings)
         allowed = self._tolerance * max(1.0, call["largest"])
-        beyond, where = 0.0, f"tokens: all {due.size} equal"
-        for clip, row in np.argwhere(found != due):
-            token, u = due[clip, row], uniforms[clip, row]
+        beyond, where = 0.0, f"tokens: all {expected.size} equal"
+        differing = np.argwhere(drawn != expected)
+        for clip, row in differing:
+            token, u = expected[clip, row], uniforms[clip, row]
             least, most = reach(np.asarray(logits)[clip, row].astype(np.float64), token, settings, allowed)
             distance = max(least - u, u - most, 0.0)
             if distance >= beyond:
                 beyond = distance
                 where = (
-                    f"token of clip {clip}, row {row}: expected {token}, drawn {found[clip, row]} with {u}, "
-                    f"where an allowed error of the logits lets uniforms from {least:.6g} to {most:.6g} give {token}"
+                    f"{len(differing)} of {expected.size} tokens differ; clip {clip}, row {row}: expected {token}, "
+                    f"drawn {drawn[clip, row]} with {u}, where an allowed error of the logits lets uniforms from "
+                    f"{least:.6g} to {most:.6g} give {token}"
                 )
         self._add(Check(call["graph"], self._at, 0.0, float(beyond), where))
-        return due
+        return expected
 
     def close(self) -> None:
         """Close the runtime's session."""
@@ -312,55 +315,6 @@ class _Replay(_Script):
                 f"trace is not the model's: do not use the bundle, export it again; {self.bundle.manifest.made}"
             )
         self.checks.append(check)
-
-
-def reach(logits: np.ndarray, token: int, settings: Sampling, error: float) -> tuple[float, float]:
-    """The uniforms with which a token can be drawn, from the least to the most, if every logit may be off by `error`.
-
-    With temperature τ a token's weight exp(logit/τ) is then known up to a factor exp(±error/τ). A share of the total is
-    least where its own weights are small and all others are large. A token surely stays in top-k if it exceeds the k-th
-    largest logit by twice the error, and may stay if it falls short by no more than that; likewise it comes before
-    another in top-p. The interval takes in every case, so it can only be too wide; without an error, and without equal
-    logits, it is the token's interval of the cumulative distribution.
-
-    Args:
-        logits: float64 [V].
-        token: whose interval it is.
-        settings: of the draw.
-        error: largest absolute error of a logit.
-
-    Returns:
-        The bounds; infinity for both if the token cannot be drawn at all.
-    """
-    never = (np.inf, np.inf)
-    if settings.temperature == 0:
-        return (0.0, 1.0) if logits[token] >= logits.max() - 2 * error else never
-    scaled, delta = logits / settings.temperature, error / settings.temperature
-    drop = max(0, scaled.size - settings.top_k)
-    smallest = np.partition(scaled, drop)[drop] if drop else -np.inf
-    sure, possible = scaled >= smallest + 2 * delta, scaled >= smallest - 2 * delta
-    weights = np.exp(scaled - scaled.max())
-    small, large = weights * np.exp(-delta) * sure, weights * np.exp(delta) * possible
-
-    ranked = np.argsort(-scaled, kind="stable")
-    descending = -scaled[ranked]
-    small_sums, large_sums = (np.append(0.0, each[ranked].cumsum()) for each in (small, large))
-    # How many tokens come before each one for sure, and how many may, itself included.
-    first = np.searchsorted(descending, -scaled - 2 * delta, side="left")
-    last = np.searchsorted(descending, -scaled + 2 * delta, side="right")
-    before, after = small_sums[first], large_sums[-1] - large_sums[first]
-    possible &= before < settings.top_p * (before + after)
-    before, after = large_sums[last] - large, small_sums[-1] - small_sums[last] + small
-    sure &= before < settings.top_p * (before + after)
-    if not possible[token]:
-        return never
-    small, large = small * sure, large * possible
-    least = _share(small[:token].sum(), large[token:].sum())
-    return least, _share(large[: token + 1].sum(), small[token + 1 :].sum())
-
-
-def _share(part: float, rest: float) -> float:
-    return float(part / (part + rest))
 
 
 def _shortened(value: Any) -> float:

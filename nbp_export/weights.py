@@ -49,7 +49,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class WeightPool:
-    """The bundle's data file, open for appending."""
+    """One of a bundle's data files, open for writing; each holds the weights of one model part once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,7 +1,7 @@
 """A bundle on disk: a folder with `manifest.json`, `receipt.json`, the graphs and their weights.
 
 The manifest says what the folder holds, file by file with hashes; the receipt is the proof that the graphs agree
-with the reference, void as soon as any file is another.
+with the reference, void as soon as any file is another. `docs/bundle.md` describes the whole folder.
 """
 
 import hashlib

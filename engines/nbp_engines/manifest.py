@@ -141,7 +141,7 @@ def _same(derived: object, written: object) -> bool:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle is.
+    """What a bundle is. The file also spells out what follows from it, the graphs' signatures and the loop.
 
     Attributes:
         schema: version of this layout.

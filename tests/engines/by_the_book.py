@@ -158,7 +158,7 @@ def generate(folder: Path, condition: np.ndarray, seed: int, sample: int) -> tup
 def differences(folder: Path) -> list[str]:
     """Where this program and the bundle's trace differ, or nothing."""
     bundle, trace = Bundle(folder), json.loads((folder / "trace.json").read_text())
-    counts, found = bundle.manifest["loop"]["counts"], []
+    counts, odd = bundle.manifest["loop"]["counts"], []
     tolerance = TOLERANCE[bundle.manifest["spec"]["dtype"]]
     made = calls(
         bundle,
@@ -168,21 +168,20 @@ def differences(folder: Path) -> list[str]:
         trace["sampling"],
         np.zeros((counts["batch"], counts["clip_tokens"]), np.int64),
     )
-    for number, (due, call) in enumerate(zip(trace["calls"], made, strict=False)):
+    for number, (expected, call) in enumerate(zip(trace["calls"], made, strict=False)):
         for name in ("graph", "tokens", "cache_pos", "uniforms", "drawn"):
-            if due[name] != (call[name] if name == "graph" else np.asarray(call.get(name)).tolist()):
-                found.append(f"call {number}: {name} differ")
-        for row in due["logits"]:
+            if expected[name] != (call[name] if name == "graph" else np.asarray(call.get(name)).tolist()):
+                odd.append(f"call {number}: {name} differ")
+        for row in expected["logits"]:
             values = call["logits"][row["clip"], row["row"], trace["vocabulary_ids"]].astype(np.float64)
-            if np.abs(values - row["values"]).max() > tolerance * max(1, due["largest"]):
-                found.append(f"call {number}: logits of clip {row['clip']}, row {row['row']} differ")
-        if abs(np.abs(call["logits"]).max() - due["largest"]) > tolerance * max(1, due["largest"]):
-            found.append(f"call {number}: largest differs")
-        if due["drawn"] is not None:
-            call["drawn"] = np.array(due["drawn"])
-    return found
+            if np.abs(values - row["values"]).max() > tolerance * max(1, expected["largest"]):
+                odd.append(f"call {number}: logits of clip {row['clip']}, row {row['row']} differ")
+        if abs(np.abs(call["logits"]).max() - expected["largest"]) > tolerance * max(1, expected["largest"]):
+            odd.append(f"call {number}: largest differs")
+        if expected["drawn"] is not None:
+            call["drawn"] = np.array(expected["drawn"])
+    return odd
 
 
 if __name__ == "__main__":
-    odd = differences(Path(sys.argv[1]))
-    sys.exit("\n".join(odd))
+    sys.exit("\n".join(differences(Path(sys.argv[1]))))

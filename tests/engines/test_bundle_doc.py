@@ -71,8 +71,8 @@ def test_a_program_that_follows_the_page_gets_the_same_clips(bundle: Bundle, set
     clip, codes = by_the_book.generate(bundle.path, condition(bundle), seed=2**63 + 5, sample=7)
     (bundle.path / MANIFEST).write_bytes(bundle.manifest.to_bytes())
     with OrtSession(replace(bundle, manifest=manifest), OpenOptions(threads=1)) as session:
-        for found in Generator(session, seed=2**63 + 5).blocks(condition(bundle), sample=7):
-            tokens = found
+        for raster in Generator(session, seed=2**63 + 5).blocks(condition(bundle), sample=7):
+            tokens = raster
     assert np.array_equal(clip, tokens)
     assert np.array_equal(codes, bundle.manifest.spec.codes(tokens))
     spec = bundle.manifest.spec
@@ -86,10 +86,10 @@ def test_a_program_that_follows_the_page_repeats_the_trace(bundle: Bundle) -> No
 
 def test_a_program_with_a_fault_does_not_repeat_the_trace(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_the_book, "philox", lambda counter, key: (counter[0] * 2**60, *counter[1:], *key))
-    found = by_the_book.differences(bundle.path)
-    assert any("uniforms differ" in line for line in found)
-    assert any("drawn differ" in line for line in found)
-    assert not [line for line in found if "logits" in line]  # fed are the trace's tokens
+    lines = by_the_book.differences(bundle.path)
+    assert any("uniforms differ" in line for line in lines)
+    assert any("drawn differ" in line for line in lines)
+    assert not [line for line in lines if "logits" in line]  # fed are the trace's tokens
 
 
 def test_the_program_imports_nothing_of_ours() -> None:
@@ -102,8 +102,8 @@ def test_the_program_imports_nothing_of_ours() -> None:
 
 @pytest.mark.parametrize(("seed", "sample", "block"), [(0, 0, 0), (2**64 - 1, 2**63, 767), (5, 2**40, 1)])
 def test_the_pages_noise_is_ours(seed: int, sample: int, block: int) -> None:
-    found = by_the_book.noise(seed, sample, 1, block, range(9))
-    assert np.array_equal(found[0], uniforms(seed, sample, block, 9))
+    noise = by_the_book.noise(seed, sample, 1, block, range(9))
+    assert np.array_equal(noise[0], uniforms(seed, sample, block, 9))
 
 
 def test_the_page_names_every_field(bundle: Bundle) -> None:

@@ -283,6 +283,8 @@ def test_a_streams_timeline_leaves_out_what_the_caller_does_between_frames(timed
 class UnrollingSession(FakeSession):
     """One that makes a clip's tokens in one call, of the same logits."""
 
+    unrolls = True
+
     def unroll(self, condition: np.ndarray, noise: np.ndarray, settings: Sampling) -> np.ndarray:
         self.calls.append(("unroll", noise.tolist()))
         self.now += 1_000_000
@@ -306,6 +308,13 @@ def test_a_session_may_make_all_tokens_in_one_call(
     assert np.array_equal(clip.video, due.video)
     assert [name for name, _ in session.calls] == ["encode", "unroll", "decode"]
     assert clip.timeline.spans == [("encode", 8), ("loop", 1_000_001), ("decode", 10_000_001)]
+
+
+def test_a_session_that_gains_nothing_is_driven_step_by_step() -> None:
+    session = UnrollingSession(spec_of((1, 1, 4)))
+    session.unrolls = False
+    Generator(session).predict(frames_for(session.spec))
+    assert "unroll" not in {name for name, _ in session.calls}
 
 
 def test_a_stream_is_made_step_by_step_all_the_same() -> None:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
         ("record trace.json", KeyboardInterrupt),
         ("lint step", OSError(28, "No space left on device")),
         ("check step at cache_pos [48]", KeyboardInterrupt),
-        ("check step at trace, call 1", KeyboardInterrupt),
+        ("repeat trace.json", KeyboardInterrupt),
     ],
     ids=["trace", "record", "lint", "check", "replay"],
 )

@@ -16,7 +16,8 @@ from nbp_engines.sampling import GREEDY, Sampling, sample
 from nbp_errors import NbpError
 from nbp_export.parity import TOLERANCE, ParityError
 from nbp_export.proof import prove_again
-from nbp_export.trace import TRACE, check_trace, reach, read_trace, traced_calls
+from nbp_export.reach import reach
+from nbp_export.trace import TRACE, check_trace, read_trace, traced_calls
 from tests.export.support import Exported, resealed
 
 Exporter = Callable[..., Exported]
@@ -41,8 +42,8 @@ def checked(bundle: Bundle) -> list[str]:
 def test_every_call_is_in_the_receipt(block: str, dtype: str, batch: int, exported: Exporter) -> None:
     bundle = exported(block, dtype=dtype, batch=batch).bundle
     checks = [c for c in (bundle.receipt() or {})["checks"] if c["at"].startswith("trace")]
-    due = [("prefill", "trace, call 0"), *(("step", f"trace, call {n}") for n in (1, 2))]
-    assert [(c["graph"], c["at"]) for c in checks] == [place for place in due for _ in range(2)]
+    places = [("prefill", "trace, call 0"), *(("step", f"trace, call {n}") for n in (1, 2))]
+    assert [(c["graph"], c["at"]) for c in checks] == [place for place in places for _ in range(2)]
     assert [c["where"] for c in checks[1::2]] == [f"tokens: all {4 * batch} equal"] * 3
     assert {c["tolerance"] for c in checks[0::2]} == {5e-5}
     assert {c["tolerance"] for c in checks[1::2]} == {0.0}
@@ -63,8 +64,8 @@ def test_the_logits_are_those_of_the_references_full_forward(exported: Exporter)
         assert abs(np.abs(logits).max() - call["largest"]) < 1e-4
         assert [(row["clip"], row["row"]) for row in call["logits"]] == [(0, 0), (1, 3)]
         for row in call["logits"]:
-            found = logits[row["clip"], row["row"], trace["vocabulary_ids"]]
-            np.testing.assert_allclose(found, row["values"], atol=1e-4, rtol=0)
+            values = logits[row["clip"], row["row"], trace["vocabulary_ids"]]
+            np.testing.assert_allclose(values, row["values"], atol=1e-4, rtol=0)
         settings = Sampling(**trace["sampling"])
         assert np.array_equal(sample(logits, np.array(call["uniforms"]), settings), call["drawn"])
 
@@ -73,7 +74,7 @@ def test_the_trace_is_short_whatever_the_model(exported: Exporter) -> None:
     spec = exported("1x2x2", batch=2).bundle.manifest.spec
     hybrid = replace(spec, condition_latents=0, condition_frames=0, text_tokens=3, text_vocab=5)
     whole = (5, 16, 16)
-    for case, due in (
+    for case, calls in (
         (replace(spec, block=(1, 1, 1)), ["prefill", "step", "step"]),
         (replace(spec, latent=(3, 4, 4), block=(1, 4, 4)), ["prefill"]),
         (hybrid, ["prefill", *["step_1"] * 4, "step", "step"]),
@@ -81,7 +82,7 @@ def test_the_trace_is_short_whatever_the_model(exported: Exporter) -> None:
         (replace(hybrid, latent=whole, block=(1, 1, 16)), ["prefill", *["step_1"] * 16, "step", "step"]),
         (replace(hybrid, latent=whole, block=(1, 16, 16)), ["prefill", *["step_1"] * 23]),
     ):
-        assert traced_calls(case) == due
+        assert traced_calls(case) == calls
 
 
 def other_token(trace: Json) -> None:
@@ -121,13 +122,16 @@ def other_position(trace: Json) -> None:
 
 
 LIES: list[tuple[Callable[[Json], None], str]] = [
-    (other_token, r"step\.onnx, run by ort-cpu, does not repeat trace\.json in call 1: token of clip 0, row 2"),
+    (
+        other_token,
+        r"step\.onnx, run by ort-cpu, does not repeat trace\.json in call 1: 1 of 8 tokens differ; clip 0, row 2",
+    ),
     (other_condition, r"trace\.json: tokens of call 0 are not those that the loop feeds"),
     (other_logit, r"step\.onnx.* in call 2: logit \d+ of clip 1, row 3: expected"),
     (other_largest, r"step\.onnx.* in call 2: largest magnitude of the 1000 logits: expected"),
     (other_uniform, r"trace\.json: uniforms of call 1 are not those"),
     (other_seed, r"trace\.json: uniforms of call 0 are not those"),
-    (other_settings, r"prefill\.onnx.* in call 0: token of clip"),
+    (other_settings, r"prefill\.onnx.* in call 0: \d of 8 tokens differ; clip"),
     (other_input, r"trace\.json: tokens of call 1 are not those"),
     (other_position, r"trace\.json: cache_pos of call 1 are not those"),
 ]
@@ -194,7 +198,7 @@ def test_a_tokens_neighbour_is_refused_unless_an_allowed_error_could_give_it(
         trace["calls"][-1]["drawn"][0][1] += shift
 
     bundle = edited(copied("1x2x2", batch=2), neighbour)
-    with pytest.raises(ParityError, match=r"call 2: token of clip 0, row 1: expected"):
+    with pytest.raises(ParityError, match=r"call 2: 1 of 8 tokens differ; clip 0, row 1: expected"):
         checked(bundle)
     monkeypatch.setitem(TOLERANCE, "fp32", 0.5)
     assert "where an allowed error of the logits lets uniforms from" in checked(bundle)[-1]
