@@ -1,4 +1,4 @@
-# A host for `make a100`: an A100, driver 580 or later, NVIDIA's container toolkit. Never built or run by us.
+# A host for `make a100`: an A100, driver 580 or later, NVIDIA's container toolkit.
 #   docker build -t nbp-a100 .
 #   docker run --rm --gpus all -v "$PWD/nbp-a100:/nbp/nbp-a100" nbp-a100
 # and nbp-a100/nbp-xl-bf16.jsonl is there to be sent back. Where pip does not find TensorRT's libraries, which are in

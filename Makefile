@@ -13,6 +13,8 @@ BLOCKS      ?= 1 16 256
 # For the targets that run on a GPU: a Python that has torch with CUDA already, and where `make a100` works.
 GPU_PYTHON  ?= python3
 A100        ?= nbp-a100
+CHECKPOINT  ?=
+TOKENIZER   ?=
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
@@ -23,7 +25,9 @@ SETUP := $(VENV)/.set-up
 CLIPS := $(VENV)/.training-clips
 # From a plain checkout, with nothing of ours installed.
 PLAIN := PYTHONPATH=.:reference:engines:bench:reports$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON)
-EXPORT := $(PLAIN) -c 'from nbp_export.cli import main; main()'
+# What `make gpu` measures, the most wanted first. Exports stay outside its results, which are at most 8 files.
+GPU_RUN := --device cuda --model nbp-xl --weights random --sizes 16,256,1 --dtype bf16,fp16 \
+	--engines eager,cudagraph,compiled,tensorrt,ort-cuda --minutes 9 --bundles nbp-gpu-bundles --out nbp-gpu-results
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bench test test-slow lint format train gpu a100 clean
@@ -71,19 +75,21 @@ train: $(CLIPS) ## make the nbp-tiny weights again, in $(RUNS), for the sizes in
 	@for block in $(BLOCKS); do $(BIN)/python -m nbp_reference.train generator --block $$block --out $(RUNS) || exit 1; done
 	@$(BIN)/python -m nbp_reference.train generator --hybrid --block 16 --steps 1500 --out $(RUNS)
 
-gpu: ## on a GPU: hold every engine against the reference and time it; wants torch with CUDA, installs nothing
-	@$(PLAIN) -m nbp_bench.gpu $(ARGS); status=$$?; \
+gpu: ## on a GPU: compare every engine with the reference and time it; needs torch with CUDA, installs nothing
+	@$(PLAIN) -m nbp_bench $(GPU_RUN) $(ARGS); status=$$?; \
 	if $(GPU_PYTHON) -c 'import hypothesis, pytest' 2> /dev/null; \
 	then $(GPU_PYTHON) -m pytest -m gpu $$(grep -rl --include='*.py' 'mark\.gpu' tests) || status=$$?; \
-	else echo "no pytest or hypothesis there: the tests for a GPU did not run"; fi; exit $$status
+	else echo "pytest or hypothesis is missing: the tests that need a GPU did not run"; fi; exit $$status
 
-# The same names as the script's, which measures what it finds, and does so whatever failed before. Never run by us: it takes TensorRT 11 and an A100.
+# CHECKPOINT=FILE takes your model in place of random weights of nbp-xl; TOKENIZER=FILE if that is a file of its own.
 a100: ## on an A100 with TensorRT 11: build engines, verify and time them; leaves one file to send back
-	@failed=; for block in 1x1x16 1x1x1 1x16x16; do bundle=$(A100)/bundles/nbp-xl-$$block-bf16-sm80; \
-	{ test -e $$bundle || $(EXPORT) trt --builder tensorrt --model nbp-xl --weights random --block $$block \
-	--dtype bf16 --out $$bundle; } && $(EXPORT) verify --runtime tensorrt $$bundle || failed="$$failed $$block"; done; \
-	$(PLAIN) -m nbp_bench.gpu --engines reference,graphs,tensorrt --dtype bf16 --minutes 30 --out $(A100) $(ARGS) \
-	|| failed="$$failed bench"; echo "please send back $(A100)/nbp-xl-bf16.jsonl"; \
+	@failed=; bundles=; for block in $(if $(CHECKPOINT),own,1x1x16 1x1x1 1x16x16); do bundle=$(A100)/bundles/$$block-bf16-sm80; \
+	{ test -e $$bundle || $(PLAIN) -m nbp_export trt --builder tensorrt --dtype bf16 --out $$bundle \
+	$(if $(CHECKPOINT),--checkpoint $(CHECKPOINT) $(if $(TOKENIZER),--tokenizer $(TOKENIZER)),--model nbp-xl --weights random --block $$block); } \
+	&& $(PLAIN) -m nbp_export verify --runtime tensorrt $$bundle || failed="$$failed $$block"; \
+	test ! -e $$bundle || bundles="$$bundles --bundle $$bundle"; done; \
+	$(PLAIN) -m nbp_bench $$bundles --device cuda --engines eager,cudagraph,tensorrt --minutes 30 --out $(A100) $(ARGS) \
+	|| failed="$$failed bench"; echo "please send back $(A100)/records.jsonl"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 clean: ## remove build products and caches; the environment and the runs stay

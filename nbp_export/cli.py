@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nbp_engines.registry import DEFAULT, RUNTIMES
+from nbp_engines.status import sentences
 from nbp_export._commands import Commands, RuntimeName, runtime_help
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def onnx(**options: Any) -> None:
     _export(**options)
 
 
-@main.command()
+@main.command(epilog="\n\n".join(sentences(["tensorrt", "tensorrt-rtx-engines", "tensorrt-11-engines"])))
 @_model_options
 @click.option(
     "--builder",
@@ -114,8 +115,7 @@ def trt(
     """Build TensorRT engines beside the ONNX graphs that they are built from; with TensorRT-RTX no GPU is needed.
 
     The graphs are checked against the reference on this machine, prefill and steps being one graph; the network that
-    TensorRT makes of them is checked for ignored inputs, copied caches and attention without its mask. The engines have
-    never been executed by us. TensorRT 11: never executed by us, neither its builder nor its engines.
+    TensorRT makes of them is checked for ignored inputs, copied caches and attention without its mask.
     """
     from nbp_export.trt_library import Options
 
@@ -149,7 +149,8 @@ def _export(
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
     from nbp_export.inspect import counted
     from nbp_export.onnx_bundle import export, rehearse
-    from nbp_export.sources import Request, find
+    from nbp_export.request import Request
+    from nbp_export.sources import find
 
     library, settled, why = engines.settle() if engines else (None, None, "")  # before anything that takes time
     with _stages() as (say, report):
@@ -158,7 +159,7 @@ def _export(
         say(source.note)
         if library and settled:
             version = library.load().__version__
-            say(f"builder: {library.title} {version} for {settled.arch} ({why}); {library.tried}")
+            say(f"builder: {library.title} {version} for {settled.arch} ({why})")
         if engines and check:
             for file, layers in rehearse(source, engines, dtype, batch, report).items():
                 say(f"{file}: every node maps, {layers.total()} layers: {counted(layers)}")
@@ -170,19 +171,18 @@ def _export(
             say("no tokenizer in the checkpoint: generator graphs alone; --tokenizer FILE adds encode and decode")
         bundle = export(source, folder, dtype, batch, report, engines=engines)
         say(_outcome(bundle))
-        for line in _engines_told(bundle):
+        for line in (*_engine_lines(bundle), *_status_lines(bundle)):
             say(line)
     click.echo(bundle.path)
 
 
-@main.command()
+@main.command(epilog="\n\n".join(sentences(row for runtime in RUNTIMES.values() for row in runtime.status)))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--runtime", type=RuntimeName(), default=DEFAULT.name, show_default=True, help=runtime_help())
 def verify(bundle: Path, runtime: str) -> None:
     """Prove a bundle again: hashes, schema, lint, and parity with the reference on the weights that it holds.
 
-    Needs no checkpoint. Writes a new receipt; a bundle that fails is left without one. On a GPU, cuda and tensorrt, it
-    has never been executed by us.
+    Needs no checkpoint. Writes a new receipt; a bundle that fails is left without one.
     """
     from nbp_export._extras import need
 
@@ -192,8 +192,9 @@ def verify(bundle: Path, runtime: str) -> None:
     with _stages() as (say, report):
         proven = prove_again(bundle, report, runtime)
         say(_outcome(proven))
-        for line in () if RUNTIMES[runtime].runs_engines else _engines_told(proven):  # engines that have just run
-            say(line)
+        if not RUNTIMES[runtime].runs_engines:  # else the engines have just run
+            for line in (*_engine_lines(proven), *_status_lines(proven)):
+                say(line)
     click.echo(bundle)
 
 
@@ -239,8 +240,8 @@ def _stages() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
         yield partial(console.print, soft_wrap=True), report
 
 
-def _engines_told(bundle: "Bundle") -> Iterator[str]:
-    """What was and what was not seen of a bundle's engines."""
+def _engine_lines(bundle: "Bundle") -> Iterator[str]:
+    """What was checked of a bundle's engines, and what was not."""
     from nbp_export.trt import builds
 
     if not bundle.manifest.engines:
@@ -252,9 +253,19 @@ def _engines_told(bundle: "Bundle") -> Iterator[str]:
         seen = f"{caches} caches updated in place, {attentions} attentions masked and {build.attention}, "
         yield f"  {engine.file}: {uses}{'; ' + seen if uses else ''}no input ignored (seen in {build.seen_in})"
     yield (
-        "not verified: the engines themselves. Nothing has executed them; where the GPU is, "
-        f"`nbp-export verify {bundle.path} --runtime tensorrt` does"
+        "not verified: the engines themselves, which only a GPU executes; "
+        f"`nbp-export verify {bundle.path} --runtime {bundle.manifest.runtime}` verifies them there"
     )
+
+
+def _status_lines(bundle: "Bundle") -> list[str]:
+    """What was executed so far of a bundle's kind, unless the default runtime executes it as it is."""
+    from nbp_export.inspect import status_of
+
+    manifest = bundle.manifest
+    if manifest.runtime == DEFAULT.name and manifest.spec.dtype in DEFAULT.dtypes:
+        return []
+    return status_of(manifest.runtime, manifest.spec.dtype, [engine.library for engine in manifest.engines])
 
 
 def _outcome(bundle: "Bundle") -> str:

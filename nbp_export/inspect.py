@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.errors import EngineError, ReceiptWarning
-from nbp_engines.registry import DEFAULT, open_session
+from nbp_engines.registry import DEFAULT, RUNTIMES, open_session
 from nbp_engines.spec import TensorSpec
+from nbp_engines.status import sentences
 from nbp_export.trt import builds
+from nbp_export.trt_library import LIBRARIES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-STATUS = Path("/proc/self/status")
+PROCESS = Path("/proc/self/status")
 MEMORY = {
     "states": "a session's states, the KV caches",
     "inputs": "its graphs' other inputs",
@@ -33,7 +35,7 @@ MEMORY = {
     "opened": "measured: with the session open",
 }
 NUMBERS = ("bytes", "weights", "activations", "warnings")
-UNTRIED = "Bytes on the GPU are as the builder told. No engine has been executed by us."
+GPU_BYTES = "Bytes on the GPU are what the builder reported."
 LOGS = "Each layer stands in .layers.json beside its engine, all that the builder said in .log."
 
 
@@ -60,6 +62,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "dtype": spec.dtype,
         "runtime": manifest.runtime,
         "note": manifest.provenance["note"],
+        "status": status_of(manifest.runtime, spec.dtype, [engine.library for engine in manifest.engines]),
         "graphs": [
             {
                 "name": name,
@@ -83,6 +86,19 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         if receipt
         else {"state": without},
     }
+
+
+def status_of(runtime: str, dtype: str, libraries: Iterable[str]) -> list[str]:
+    """What was built and executed so far of a kind of bundle, in sentences.
+
+    Args:
+        runtime: the name of the runtime that the bundle is made for.
+        dtype: the dtype of the bundle.
+        libraries: the Python modules that built its engines.
+    """
+    keys = [*RUNTIMES[runtime].status] if runtime in RUNTIMES else []
+    keys += [library.status for library in LIBRARIES.values() if library.module in libraries]
+    return sentences([*keys, "bf16"] if dtype == "bf16" else keys)
 
 
 def condensed(tensors: Iterable[TensorSpec]) -> Iterator[str]:
@@ -164,8 +180,9 @@ def render(told: Mapping[str, Any]) -> "RenderableType":
     return Group(
         f"{told['model']}, {kind}: block {told['block']}, batch {told['batch']}, {told['dtype']}, {told['runtime']}",
         told["note"],
+        *told["status"],
         graphs,
-        *((engines, UNTRIED, layers, LOGS) if told["engines"] else ()),
+        *((engines, GPU_BYTES, layers, LOGS) if told["engines"] else ()),
         files,
         memory,
         proof,
@@ -182,8 +199,8 @@ def measure(path: Path) -> dict[str, int]:
 
     Raises EngineError if the process dies, or where the system does not tell.
     """
-    if not STATUS.exists():
-        raise EngineError(f"memory is measured by {STATUS}, which this system does not have: leave out --measure")
+    if not PROCESS.exists():
+        raise EngineError(f"memory is measured by {PROCESS}, which this system does not have: leave out --measure")
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(_opened, path).result()
@@ -203,4 +220,4 @@ def _opened(path: Path) -> dict[str, int]:
 
 
 def _resident(field: str) -> int:
-    return int(dict(line.split(":", 1) for line in STATUS.read_text().splitlines())[field].split()[0]) * 1024
+    return int(dict(line.split(":", 1) for line in PROCESS.read_text().splitlines())[field].split()[0]) * 1024

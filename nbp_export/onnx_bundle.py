@@ -26,10 +26,11 @@ from nbp_engines.trt import TENSORRT
 from nbp_errors import UsageError
 from nbp_export import lint, trt
 from nbp_export.graphs import graph_module, system_spec, trace
-from nbp_export.proof import NOT_IN_BF16, Report, prove, versions
+from nbp_export.inspect import status_of
+from nbp_export.proof import Report, prove, versions
 from nbp_export.sources import Source
 from nbp_export.trace import TRACE, record_trace
-from nbp_export.trt_library import LIBRARIES, Options
+from nbp_export.trt_library import Options
 from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
 
 GENERATOR = "generator.onnx"  # prefill and steps in one
@@ -203,17 +204,13 @@ def _manifest(
     if source.tokenizer:
         config["tokenizer"] = source.tokenizer.config.to_json()
     text = source.generator.config.text
-    provenance = {"note": source.note, "command": _command(source, spec, options)}
-    if spec.dtype == "bf16":
-        provenance["executed"] = NOT_IN_BF16
-    if engines:
-        library = next(known for known in LIBRARIES.values() if known.module == engines[0].library)
-        provenance["engines"] = f"{library.title}: {library.tried}"
+    runtime = (TENSORRT if engines else ORT_CPU).name
+    status = status_of(runtime, spec.dtype, [engine.library for engine in engines])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         files = tuple(pool.map(File.of, sorted(folder.iterdir())))
     return Manifest(
         schema=SCHEMA,
-        runtime=(TENSORRT if engines else ORT_CPU).name,
+        runtime=runtime,
         spec=spec,
         graphs=graphs,
         engines=engines,
@@ -222,5 +219,5 @@ def _manifest(
         sampling=Sampling(),
         words=text.words if text else (),
         versions=versions(),
-        provenance=provenance,
+        provenance={"note": source.note, "command": _command(source, spec, options), "status": status},
     )

@@ -13,12 +13,11 @@ from nbp_engines.runtime import Runtime
 from nbp_engines.strict import write_json
 from nbp_errors import NbpError
 from nbp_export import lint, parity
-from nbp_export.inspect import look
+from nbp_export.inspect import look, status_of
 from nbp_export.trace import TRACE, check_trace, read_trace
 from nbp_export.weights import read_generator, read_tokenizer
 
 TOOLS = ("nbp-export", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
-NOT_IN_BF16 = "not executed in bf16: checked as the same graphs in fp32 arithmetic, on weights rounded to bf16"
 Report = Callable[[str], None]
 
 
@@ -34,6 +33,7 @@ def prove(bundle: Bundle, report: Report = lambda _: None, runtime: Runtime = DE
     if why := runtime.absence() or runtime.refusal(bundle):
         raise EngineError(why)
     ran, dtype, trace = runtime.description(bundle), bundle.manifest.spec.dtype, read_trace(bundle)
+    arithmetic = dtype if dtype in runtime.dtypes else f"fp32 arithmetic, on weights rounded to {dtype},"
     for name, spec in bundle.manifest.graph_specs().items():
         report(f"lint {name}")
         lint.check(bundle.graph_file(name), spec)
@@ -53,7 +53,8 @@ def prove(bundle: Bundle, report: Report = lambda _: None, runtime: Runtime = DE
         "files": bundle.hashes(),
         "reference": "nbp_reference, fp32 arithmetic, weights as the bundle holds them",
         "runtime": runtime.name,
-        "executed": f"in {dtype} by {ran}" if dtype in runtime.dtypes else NOT_IN_BF16,
+        "executed": f"in {arithmetic} by {ran}",
+        "status": status_of(runtime.name, dtype, [e.library for e in bundle.manifest.engines if runtime.runs_engines]),
         "worst": asdict(max(checks, key=lambda c: c.worst)),
         "checks": [asdict(check) for check in checks],
         "versions": versions(runtime.packages),

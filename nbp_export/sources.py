@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from nbp_errors import UsageError
 from nbp_export.hub import fetch
+from nbp_export.request import Request
 from nbp_reference import checkpoint
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.errors import CheckpointError
@@ -18,27 +18,6 @@ from nbp_reference.model import NextBlockTransformer, draw
 from nbp_reference.tokenizer import VideoTokenizer
 
 TINY = ("nbp-tiny", "nbp-tiny-hybrid")  # the models that come with their weights
-
-
-class Request(NamedTuple):
-    """What was asked for on the command line; None where nothing was.
-
-    Attributes:
-        model: a named size.
-        checkpoint, tokenizer: files, here or on the Hub.
-        weights: `random`: of the named size, or of the checkpoint's.
-        block: shape or size; the model's own if None.
-        timing_only: take a checkpoint that was trained for another block.
-        or_random: where no bundled weights are for the block, random ones.
-    """
-
-    model: str | None = None
-    checkpoint: Path | None = None
-    tokenizer: Path | None = None
-    weights: str | None = None
-    block: str | None = None
-    timing_only: bool = False
-    or_random: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Builds TensorRT engines from a bundle's ONNX graphs, and looks at what TensorRT made of them.
 
-Where there is no GPU the engine itself cannot be looked at, so the network that it is built from is; and nothing here
-says that an engine has run.
+Where there is no GPU, the engine itself cannot be inspected, so the network that it is built from is inspected instead.
+Nothing here executes an engine.
 """
 
 import json

@@ -30,14 +30,14 @@ class Library:
         title: its name.
         extra: the extra that installs it.
         builds_for_absent_gpus: whether it takes an architecture by name.
-        tried: what has been seen of it so far.
+        status: the row of `nbp_engines.status` that says what was built with it and executed so far.
     """
 
     module: str
     title: str
     extra: str
     builds_for_absent_gpus: bool
-    tried: str
+    status: str
 
     @property
     def installed(self) -> bool:
@@ -50,8 +50,8 @@ class Library:
         return import_module(self.module)
 
 
-TENSORRT = Library("tensorrt", "TensorRT 11", "trt", False, "never executed by us, neither its builder nor its engines")
-RTX = Library("tensorrt_rtx", "TensorRT-RTX", "trt-rtx", True, "its builder was executed, its engines never by us")
+TENSORRT = Library("tensorrt", "TensorRT 11", "trt", False, "tensorrt-11-engines")
+RTX = Library("tensorrt_rtx", "TensorRT-RTX", "trt-rtx", True, "tensorrt-rtx-engines")
 LIBRARIES = {"tensorrt": TENSORRT, "rtx": RTX}  # as `--builder` calls them
 
 

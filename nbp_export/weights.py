@@ -147,6 +147,13 @@ def read_generator(bundle: Bundle) -> NextBlockTransformer:
     return _filled(model, bundle, index, "generator.")
 
 
+def read_whole_generator(bundle: Bundle) -> NextBlockTransformer:
+    """The same with all layers in memory, for whoever runs it more than once."""
+    model = read_generator(bundle)
+    model.blocks = nn.ModuleList([*model.blocks])
+    return model
+
+
 def read_tokenizer(bundle: Bundle) -> VideoTokenizer | None:
     """The tokenizer with a bundle's weights in fp32, as far as its graphs go; None if it has none.
 

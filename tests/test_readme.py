@@ -1,4 +1,4 @@
-"""The README's commands and code do what they say."""
+"""The commands, code, tables and links of README and of the pages in docs/ do what they say."""
 
 import re
 import shlex
@@ -15,29 +15,46 @@ from nbp_reference import clips
 from nbp_reports import markdown, record, table
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 COMMANDS = {"nbp-export": nbp_export, "nbp-bench": nbp_bench}
+AWAITED = {"--bundle", "--device", "--dtype"}  # options of `nbp-bench` that the documentation has ahead of the code
+LINK = re.compile(r"\]\(([^)#]+)(?:#[\w-]+)?\)")
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def _pages() -> dict[Path, str]:
+    """README, the pages in the order of README's links, then those that README does not link to."""
+    readme = ROOT / "README.md"
+    linked = [ROOT / link for link in LINK.findall(readme.read_text()) if link.startswith("docs/")]
+    paths = dict.fromkeys([readme, *linked, *sorted((ROOT / "docs").glob("*.md"))])
+    return {path: path.read_text() for path in paths}
 
 
-def _commands() -> Iterator[list[str]]:
-    for block in [*_blocks("console"), *_blocks("sh")]:
-        for line in block.splitlines():
-            yield shlex.split(line.removeprefix("$ "))
+PAGES = _pages()
 
 
-def test_the_commands_and_code_of_a_tour_run_in_this_order(
+def _blocks(page: str, *languages: str) -> list[str]:
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
+def _commands(*languages: str) -> Iterator[list[str]]:
+    """The words of each command, each command once."""
+    lines = (line for page in PAGES.values() for block in _blocks(page, *languages) for line in block.splitlines())
+    for line in dict.fromkeys(line.removeprefix("$ ") for line in lines):
+        yield shlex.split(line, comments=True)
+
+
+def _documented() -> list[list[str]]:
+    """Our own commands on all pages."""
+    return [words for words in _commands("console", "sh") if words and words[0] in COMMANDS]
+
+
+def test_the_commands_and_code_of_all_pages_run_in_this_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exports, engines, videos, inspection, proof; comparisons have tests of their own."""
     pytest.importorskip("tensorrt_rtx", reason="pip install 'nbp-export[trt-rtx]'")
     monkeypatch.chdir(tmp_path)
     shutil.copy(clips.find(clips.DEFAULT_CLIP), "my.mp4")
-    commands = [shlex.split(line.removeprefix("$ ")) for block in _blocks("console") for line in block.splitlines()]
-    tour = [words for words in commands if words[0] in COMMANDS and not {"--sizes", "--blocks"} & set(words)]
+    tour = [w for w in _commands("console") if w[0] in COMMANDS and not {"--sizes", "--blocks"} & set(w)]
     said = {}
     for words in tour:
         result = CliRunner().invoke(COMMANDS[words[0]], words[1:])
@@ -48,23 +65,32 @@ def test_the_commands_and_code_of_a_tour_run_in_this_order(
     assert "not verified: the engines themselves" in said["trt"]
     assert "checks against the reference passed" in said["verify"]
     assert {"clip.mp4", "clips.gif", "pedestrians.mp4"} <= {path.name for path in tmp_path.iterdir()}
-    for block in _blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
-    assert capsys.readouterr().out == "(1, 3, 12, 128, 128)\n"
+    for path, page in PAGES.items():
+        names: dict[str, object] = {}
+        for block in _blocks(page, "python"):
+            exec(compile(block, path.name, "exec"), names)
+    assert "(1, 3, 12, 128, 128)\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [w for w in _commands() if w[0] in COMMANDS], ids=" ".join)
-def test_every_option_that_the_readme_uses_exists(words: list[str]) -> None:
+@pytest.mark.parametrize("words", _documented(), ids=" ".join)
+def test_every_documented_option_exists(words: list[str]) -> None:
     group = COMMANDS[words[0]]
     command = group.commands.get(words[1], group)
     known = {option for parameter in command.params for option in parameter.opts}
+    if command is nbp_bench:
+        known |= AWAITED
     assert {word for word in words if word.startswith("--")} <= known
 
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = {words[1] for words in _commands() if words[0] == "make"} | set(re.findall(r"`make ([a-z0-9-]+)`", README))
+    used = {words[1] for words in _commands("console", "sh") if words and words[0] == "make"}
+    used |= {name for page in PAGES.values() for name in re.findall(r"`make ([a-z0-9-]+)\b[^`]*`", page)}
     assert {"bench", "test"} <= used <= targets
+
+
+def test_readme_is_short() -> None:
+    assert len(PAGES[ROOT / "README.md"].splitlines()) < 150
 
 
 @pytest.mark.parametrize(
@@ -77,11 +103,14 @@ def test_make_targets_exist() -> None:
 def test_the_tables_are_what_the_committed_records_say(name: str, command: str) -> None:
     records = record.read(ROOT / "reports" / "records" / "xeon-2-cores" / f"{name}.jsonl")
     assert records[0].command == command
-    assert markdown.table(table.RESULTS, records) in README
+    assert any(markdown.table(table.RESULTS, records) in page for page in PAGES.values())
 
 
-def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert len(links) > 10
-    for link in links:
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    links = [link for link in LINK.findall(PAGES[path]) if "://" not in link]
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_readme_links_to_every_page() -> None:
+    assert {*(ROOT / "docs").glob("*.md")} <= {ROOT / link for link in LINK.findall(PAGES[ROOT / "README.md"])}

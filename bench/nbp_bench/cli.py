@@ -1,17 +1,34 @@
 """The `nbp-bench` command: parse, call, print."""
 
 import math
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from nbp_bench.engines import DEFAULT_DTYPE, DEFAULT_ENGINES, DEFAULT_STEPS
+from nbp_bench.engines import engines as table_of_engines
+from nbp_engines.spec import BYTES
+from nbp_errors import UsageError
 from nbp_export._commands import Commands, RuntimeName, runtime_help
 from nbp_export.cli import SIZES
 
+if TYPE_CHECKING:
+    from nbp_bench.plan import Plan, Subject
 
-@click.group(cls=Commands, invoke_without_command=True)
+
+class BenchCommands(Commands):
+    """The group, whose help lists the engines that there are when it is printed."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The table of engines."""
+        with formatter.section("Engines"):
+            formatter.write_dl([(engine.name, engine.title) for engine in table_of_engines().values()])
+
+
+@click.group(cls=BenchCommands, invoke_without_command=True)
 @click.version_option(package_name="nbp-export")
 @click.option("--sizes", help="Block sizes, such as 1,16,256: each fills rows, then whole rows, then frames.")
 @click.option("--blocks", help="Block shapes TxHxW, such as 1x1x16,1x4x4, beside or in place of --sizes.")
@@ -20,16 +37,115 @@ from nbp_export.cli import SIZES
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Tokenizer for checkpoints without one.")
 @click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing.")
 @click.option("--timing-only", is_flag=True, help="Accept checkpoints that were trained for another block.")
-@click.option("--engines", default="naive,reference,onnx", show_default=True, help="Which engines, in table order.")
+@click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path), help="A bundle as it is.")
+@click.option("--engines", metavar="NAME,NAME…", help="See below; in the order of the tables.")
+@click.option("--dtype", "dtypes", help="Of fp32, fp16, bf16.  [default: fp32 on a CPU, bf16 on cuda]")
+@click.option("--batch", "batches", help="Clips generated at once, such as 1,4.  [default: 1]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: where each engine runs; cpu if it can]")
 @click.option("--video", type=click.Path(path_type=Path), help="Predict from this video.  [default: a bundled clip]")
-@click.option("--clips", type=click.IntRange(1), default=7, show_default=True, help="Measured clips an engine.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips generated at once.")
+@click.option("--clips", type=click.IntRange(1), default=7, show_default=True, help="Measured clips per row.")
+@click.option(
+    "--steps", type=click.IntRange(0), help="Single steps timed back to back.  [default: 200 on cuda, else 0]"
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads inside an operator.  [default: each runtime's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling noise.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="End by then; what is named first comes first."
+)
+@click.option("--profile", is_flag=True, help="Then list the kernels of a step and of decode, in profile.txt.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("nbp-bench-results"), show_default=True)
+@click.option("--bundles", "kept", type=click.Path(path_type=Path), help="Keep exports here.  [default: OUT/bundles]")
 @click.pass_context
-def main(
-    context: click.Context,
+def main(context: click.Context, /, **options: Any) -> None:
+    """Compare block sizes and engines: frames per second, stages, memory and parity on a real clip.
+
+    With --sizes 1,16,256 and nothing else: the bundled nbp-tiny models on a clip from an installed package. Every
+    model, or every --bundle, is measured with every engine, dtype and batch. What cannot be measured is a row with the
+    reason.
+    """
+    if context.invoked_subcommand:
+        return
+    from nbp_export._extras import need
+
+    plan = _plan(**options)
+    need("bench", "torch")
+    if plan.video:
+        need("bench", "av")
+    from nbp_bench.run import check_golden, run
+
+    check_golden()
+    run(plan)
+
+
+def _plan(
+    engines: str | None,
+    dtypes: str | None,
+    batches: str | None,
+    device: str | None,
+    steps: int | None,
+    kept: Path | None,
+    bundles: tuple[Path, ...],
+    video: Path | None,
+    clips: int,
+    threads: int | None,
+    seed: int,
+    minutes: float | None,
+    profile: bool,
+    out: Path,
+    **model: Any,
+) -> "Plan":
+    """The plan of a command line. Raises UsageError for options that contradict each other."""
+    from nbp_bench.plan import Plan
+
+    where = device or "cpu"
+    if bundles and (dtypes or batches):
+        raise UsageError("a bundle has its own dtype and batch: leave out --dtype and --batch")
+    known = table_of_engines()
+    chosen = _listed("--engines", engines or DEFAULT_ENGINES[where], known)
+    return Plan(
+        subjects=_bundles(bundles, model) if bundles else _models(**model),
+        engines=[known[name] for name in chosen],
+        dtypes=_listed("--dtype", dtypes or DEFAULT_DTYPE[where], BYTES.keys() - {"int64"}),
+        batches=[_whole("--batch", text) for text in (batches or "1").split(",")],
+        device=device,
+        video=video,
+        clips=clips,
+        steps=DEFAULT_STEPS[where] if steps is None else steps,
+        threads=threads,
+        seed=seed,
+        minutes=minutes,
+        profile=profile,
+        out=out,
+        bundles=kept,
+    )
+
+
+def _listed(option: str, text: str, known: Collection[str]) -> list[str]:
+    """The names in a list with commas. Raises UsageError, with the names that there are, for another."""
+    names = [name for name in text.split(",") if name]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UsageError(f"{option} has no {', '.join(unknown) or 'name'}: there are {', '.join(known)}")
+    return names
+
+
+def _whole(option: str, text: str) -> int:
+    if not text.strip().isdecimal() or not int(text):
+        raise UsageError(f"{option} {text!r} is not a number of clips, such as 4")
+    return int(text)
+
+
+def _bundles(folders: Sequence[Path], model: dict[str, Any]) -> "list[Subject]":
+    """The bundles as they are. Raises UsageError for an option that would say again what they are."""
+    from nbp_bench.plan import Subject
+    from nbp_export.inspect import look
+
+    if given := [f"--{name.replace('_', '-')}" for name, value in model.items() if value]:
+        raise UsageError(f"a bundle says what its model is: leave out {', '.join(given)}")
+    return [Subject(bundle=folder, spec=look(folder).manifest.spec) for folder in folders]
+
+
+def _models(
     sizes: str | None,
     blocks: str | None,
     model: str | None,
@@ -37,42 +153,17 @@ def main(
     tokenizer: Path | None,
     weights: str | None,
     timing_only: bool,
-    engines: str,
-    video: Path | None,
-    clips: int,
-    batch: int,
-    threads: int | None,
-    seed: int,
-    out: Path,
-) -> None:
-    """Compare block sizes and engines: frames a second, stages, memory and parity on a real clip.
+) -> "list[Subject]":
+    """A model for each block. Raises UsageError if there is no block, or a checkpoint for none of them."""
+    from nbp_bench.plan import Subject
+    from nbp_export.request import Request
 
-    With --sizes 1,16,256 and nothing else: the bundled nbp-tiny models on a clip from an installed package.
-    """
-    if context.invoked_subcommand:
-        return
     asked = [block for option in (sizes, blocks) if option for block in option.split(",")]
     if not asked:
-        raise click.UsageError("what to compare? nbp-bench --sizes 1,16,256, or --blocks 1x1x16,1x4x4")
-    from nbp_export._extras import need
-
-    need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors")
-    need("bench", "av", "jinja2", "matplotlib", "rich")
-    from rich.console import Console
-
-    from nbp_bench.run import check_golden, run
-    from nbp_bench.sweep import Plan
-    from nbp_bench.worker import ENGINES
-    from nbp_export.sources import Request
-
-    chosen = [e for e in engines.split(",") if e]
-    unknown = set(chosen) - set(ENGINES)
-    if unknown or not chosen:
-        raise click.UsageError(f"no engine {', '.join(sorted(unknown))!r}: there are {', '.join(ENGINES)}")
+        raise UsageError("nothing to compare: give --sizes 1,16,256, --blocks 1x1x16,1x4x4 or --bundle DIR")
     files = dict(_pair(text) for text in checkpoints)
-    unused = set(files) - set(asked)
-    if unused:
-        raise click.UsageError(f"--checkpoint for {', '.join(sorted(unused))}, not among the blocks {', '.join(asked)}")
+    if unused := set(files) - set(asked):
+        raise UsageError(f"--checkpoint for {', '.join(sorted(unused))}, not among the blocks {', '.join(asked)}")
     stand_in = next(iter(files.values()), None)  # a block without a checkpoint is timed with random weights of its kind
     requests = [
         Request(None, files[block], tokenizer, None, block, timing_only)
@@ -80,11 +171,7 @@ def main(
         else Request(model, stand_in, tokenizer, "random" if stand_in else weights, block, or_random=True)
         for block in asked
     ]
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    check_golden(console)
-    run(console, Plan(requests, chosen, video, clips, batch, threads, seed, out))
+    return [Subject(request) for request in requests]
 
 
 def _number(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:  # noqa: ARG001
@@ -143,5 +230,5 @@ def generate(temperature: float | None, top_k: int | None, top_p: float | None, 
 def _pair(text: str) -> tuple[str, Path]:
     size, _, file = text.partition("=")
     if not file:
-        raise click.UsageError(f"--checkpoint {text!r}: expected BLOCK=FILE, such as 16=model.ckpt")
+        raise UsageError(f"--checkpoint {text!r}: expected BLOCK=FILE, such as 16=model.ckpt")
     return size, Path(file)

@@ -7,8 +7,7 @@ from time import perf_counter_ns
 
 import torch
 
-from nbp_engines.spec import BYTES
-from nbp_reference.model import NextBlockTransformer
+from nbp_engines.spec import BYTES, SystemSpec
 
 COPIES = 10
 COPIED_BYTES = {"cpu": 2**26, "cuda": 2**32}  # a GPU's caches must not hold it
@@ -66,14 +65,13 @@ def broken() -> bool:
     return False
 
 
-def step_bytes(generator: NextBlockTransformer, dtype: str, batch: int, positions: Sequence[int]) -> int:
+def step_bytes(spec: SystemSpec, positions: Sequence[int]) -> int:
     """What a step has to read, in the mean over its cache positions: weights once, and every valid row of the caches.
 
     Rows that are not written yet count for nothing, though an engine may read the caches' whole capacity. Of the two
-    embeddings a step reads a row a token.
+    embeddings a step reads a row per token. A layer has 12·C² weights and 13·C biases and norms.
     """
-    config = generator.config
-    tables = generator.tok_emb.weight.numel() + generator.pos_emb.numel()
-    weights = sum(p.numel() for p in generator.parameters()) - tables + 2 * batch * config.block.size * config.width
-    rows = sum(positions) / len(positions) + config.block.size
-    return BYTES[dtype] * round(weights + 2 * config.layers * config.width * batch * rows)
+    C, tokens = spec.heads * spec.head_dim, spec.batch * spec.block_size
+    weights = spec.layers * (12 * C * C + 13 * C) + 2 * C + spec.vocab * C + 2 * tokens * C
+    rows = sum(positions) / len(positions) + spec.block_size
+    return BYTES[spec.dtype] * round(weights + 2 * spec.layers * C * spec.batch * rows)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nbp_bench.engines import ReferenceSession
+from nbp_bench.torch_sessions import EagerSession
 from nbp_engines.generator import Generator
 from nbp_engines.sampling import GREEDY
 from nbp_export.graphs import system_spec
@@ -37,7 +37,7 @@ def agreement(size: int) -> float:
     torch.set_num_threads(1)  # a model this small only waits for its threads
     golden = np.load(folder() / f"k600_L{size}.npz")
     model = golden_model(size)
-    with ReferenceSession(system_spec(model.config, None, "fp32", 1), model, None) as session:
+    with EagerSession(system_spec(model.config, None, "fp32", 1), model, None) as session:
         condition = golden["tokens"][:, : model.config.condition_tokens]
         for clip in Generator(session, GREEDY).blocks(condition):
             tokens = clip

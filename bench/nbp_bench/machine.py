@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("nbp-export", "torch", "onnxruntime", "numpy")
-ON_GPU = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "triton", "cuda-bindings")  # told where they are there
-NOT_INSTALLED = "not installed"
+from nbp_engines.registry import RUNTIMES
+
+PACKAGES = ("nbp-export", "torch", "numpy")
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,15 @@ class Machine:
 def describe() -> Machine:
     """This machine."""
     gpu, gpu_memory, driver = _gpu()
-    found = [(name, _version(name)) for name in (*PACKAGES, *ON_GPU)]
+    others = dict.fromkeys(package for runtime in RUNTIMES.values() for package in runtime.packages)
+    found = [(name, _version(name)) for name in (*PACKAGES, *others, "triton")]
     return Machine(
         machine=_processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        versions=", ".join(f"{name} {v}" for name, v in found if v != NOT_INSTALLED or name in PACKAGES),
+        versions=", ".join(f"{name} {v or 'not installed'}" for name, v in found if v or name in PACKAGES),
         gpu=gpu,
         gpu_memory_bytes=gpu_memory,
         driver=driver,
@@ -75,11 +76,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return NOT_INSTALLED
+        return None
 
 
 def _gpu() -> tuple[str | None, int | None, str | None]:
@@ -87,13 +88,13 @@ def _gpu() -> tuple[str | None, int | None, str | None]:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     name, memory, driver = None, None, None
     try:
-        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
-        name, mebibytes, driver = told.split(", ")
+        line = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
+        name, mebibytes, driver = line.split(", ")
         memory = int(mebibytes) * 2**20
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         pass
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        there = torch.cuda.get_device_properties(torch.cuda.current_device())
-        name, memory = there.name, there.total_memory
+        used = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name, memory = used.name, used.total_memory
     return name, memory, driver

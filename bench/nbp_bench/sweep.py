@@ -1,242 +1,270 @@
-"""The measurement: for each block shape, export once, then let the engines take turns clip by clip."""
+"""The measurement: group after group, the engines of a model take turns clip by clip, each in its own process.
 
-import shlex
-import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+On a GPU all PyTorch engines of a dtype live in one process, so that weights are moved there once. What fails is a row
+with the reason, and the rest goes on.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
+from nbp_bench import measure
+from nbp_bench.bundles import bundle_for
+from nbp_bench.conditions import Conditions, conditions_for
 from nbp_bench.machine import available_memory, describe
-from nbp_bench.video import to_float, windows
-from nbp_bench.worker import Job, Result, Worker, agreement, clip_fields
+from nbp_bench.measure import Identity, Parity, Result
+from nbp_bench.plan import Case, Plan, Subject
+from nbp_bench.rows import Measurement, Run, identity_of, row
+from nbp_bench.worker import Worker, WorkerError
 from nbp_engines.bundle import Bundle
-from nbp_engines.errors import BundleError
-from nbp_engines.sampling import Sampling
-from nbp_engines.spec import SystemSpec
-from nbp_engines.text import class_ids
-from nbp_errors import UsageError
-from nbp_export.graphs import system_spec
-from nbp_export.onnx_bundle import export
-from nbp_export.proof import versions
-from nbp_export.sources import Request, Source, find
-from nbp_export.weights import weights_sha256
-from nbp_reports.record import Record
+from nbp_engines.errors import EngineError
+from nbp_engines.status import sentences
+from nbp_errors import NbpError
+from nbp_reports.record import REFERENCE, Record
+
+R = TypeVar("R")
+LEAST_SECONDS = 20.0  # with less time left, no case begins
+CASE_SHARE = 1 / 3  # of the time limit, that one call may take once the weights are loaded
+PROFILE_SECONDS = 40.0  # kept back for the profile
+MEMORY_SHARE = 0.7  # of what is available, that engines which take turns may fill
 
 
 class Report(Protocol):
-    """Hears what begins, and how many engine turns ended with what was before."""
+    """Gets each stage as it begins, and how many engine turns were finished before it."""
 
     def __call__(self, stage: str, turns: int = 0) -> None:
         """Take notice."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure.
-
-    Attributes:
-        requests: one model a block shape.
-        engines: in the order of the table.
-        video: the file to predict from; None for the bundled clip, and of no use to a class-conditional model.
-        clips: measured clips an engine and shape.
-        batch, threads, seed, sampling: as in the records.
-        out: folder for bundles.
-    """
-
-    requests: Sequence[Request]
-    engines: Sequence[str]
-    video: Path | None
-    clips: int
-    batch: int
-    threads: int | None
-    seed: int
-    out: Path
-    sampling: Sampling = field(default_factory=Sampling)
-
-    @property
-    def turns(self) -> int:
-        """Engine turns in all: load, the measured clips and the first frame, for each engine and shape."""
-        return len(self.requests) * len(self.engines) * (self.clips + 2)
-
-
-@dataclass(frozen=True)
 class Measured:
-    """A record with the clips behind it.
+    """A record with what is behind it.
 
     Attributes:
         record: the numbers.
-        results: every measured clip.
-        truth: the first clip as filmed, uint8 [F,3,H,W], as far as the video goes.
-        classes: in place of the film, what each clip shows.
+        clips: every measured clip.
+        conditions: what they were made from.
         clip_frames: frames of a whole clip, given and predicted.
     """
 
     record: Record
-    results: Sequence[Result]
-    truth: np.ndarray
-    classes: Sequence[str]
+    clips: Sequence[Result]
+    conditions: Conditions
     clip_frames: int
 
 
-def sweep(plan: Plan, report: Report) -> list[Measured]:
-    """Measure every engine at every block shape.
+class Sweep(AbstractContextManager["Sweep"]):
+    """One run of a plan: its processes, its deadline, and what it has measured so far."""
 
-    Raises UsageError for what cannot be measured, EngineError if an engine fails.
-    """
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    return [row for request in plan.requests for row in _measure(plan, request, began, report)]
+    def __init__(self, plan: Plan, report: Report, log: Callable[[str], None] = lambda _: None) -> None:
+        self.plan = plan
+        self.began = datetime.now(UTC).isoformat(timespec="seconds")
+        self.profile = ""
+        self._report = report
+        self._log = log
+        self._deadline = None if plan.minutes is None else time.monotonic() + 60 * plan.minutes
+        self._workers: dict[str, Worker] = {}
+        self._identities: dict[Subject, Identity] = {}
+        self._references: dict[tuple[Subject, str, int], list[Result]] = {}
+        self._bandwidths: tuple[float | None, float | None] = (None, None)
 
+    def run(self) -> Iterator[list[Measured]]:
+        """Measure group after group; the rows of each as it is done.
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is left of a model when its weights are freed."""
+        Raises NbpError for a model or a video that cannot be found, before anything is measured.
+        """
+        groups = [*self.plan.groups()]
+        for group in groups:
+            self._identify(group[0].subject)
+        self._measure_bandwidths(groups)
+        for group in groups:
+            yield self._group(group)
+        if self.plan.profile:
+            self._profile([case for group in groups for case in group])
 
-    name: str
-    digest: str
-    trained: bool
-    spec: SystemSpec
-    parameters: int
-    words: tuple[str, ...]
+    def _left(self, kept: float = 0.0) -> float | None:
+        """Seconds until the deadline, less those that are kept back; None without a limit."""
+        if self._deadline is None:
+            return None
+        kept += PROFILE_SECONDS if self.plan.profile else 0.0
+        return max(0.0, self._deadline - kept - time.monotonic())
 
+    def _share(self) -> float | None:
+        """Seconds that one call may take."""
+        left = self._left()
+        return None if left is None or self.plan.minutes is None else min(left, 60 * self.plan.minutes * CASE_SHARE)
 
-def _texts(subject: _Subject) -> tuple[list[np.ndarray], str]:
-    """Texts of a class-conditional model, int64 [P], and what they say."""
-    if not subject.words:
-        return [np.zeros(subject.spec.text_tokens, np.int64)], "text ids 0, for timing"
-    classes = subject.words[1:]
-    return [class_ids(name, subject.spec, subject.words, None) for name in classes], "class " + ", ".join(classes)
+    def _worker(self, name: str) -> Worker:
+        return self._workers.setdefault(name, Worker())
 
+    def _process(self, case: Case) -> str:
+        """The name of the process of a case."""
+        shared = case.device != "cpu" and case.engine.runtime is None
+        return f"PyTorch in {case.dtype}" if shared else case.engine.name
 
-def _measure(plan: Plan, request: Request, began: str, report: Report) -> list[Measured]:
-    source = find(request)
-    report(source.note)
-    if source.tokenizer is None:
-        raise UsageError(f"{source.name} has no tokenizer, so no video can be predicted: give --tokenizer FILE")
-    subject = _Subject(
-        source.name,
-        weights_sha256(source.generator, source.tokenizer),
-        source.trained,
-        system_spec(source.generator.config, source.tokenizer.config, "fp32", plan.batch),
-        sum(p.numel() for model in (source.generator, source.tokenizer) for p in model.parameters()),
-        source.generator.config.text.words if source.generator.config.text else (),
-    )
-    bundle = _bundle(plan, source, subject, report).path if "onnx" in plan.engines else None
-    del source  # each engine loads its own
-    sources = [bundle if bundle and engine == "onnx" else request for engine in plan.engines]
-    jobs = [
-        Job(engine, what, plan.batch, plan.sampling, plan.seed, plan.threads)
-        for engine, what in zip(plan.engines, sources, strict=True)
-    ]
-    # ONNX Runtime keeps a prepacked copy of the weights for each graph beside the file's.
-    copies = len(jobs) + 2 * ("onnx" in plan.engines)
-    together = 4 * subject.parameters * copies < 0.7 * available_memory()
-    if subject.spec.hybrid:
-        conditions, name = _texts(subject)
-        truth = np.empty((0, 3, *subject.spec.video[1:]), np.uint8)
-    else:
-        scenes, name = windows(subject.spec, plan.video, plan.clips)
-        conditions, truth = [to_float(scene[: subject.spec.condition_frames]) for scene in scenes], scenes[0]
-    groups = [jobs] if together else [[job] for job in jobs]
-    runs = [run for group in groups for run in _take_turns(plan, group, subject.spec, conditions, report)]
-    reference = next((run.results for job, run in zip(jobs, runs, strict=True) if job.engine == "reference"), None)
-    records = [
-        _record(plan, subject, job, run, reference, began, together, name) for job, run in zip(jobs, runs, strict=True)
-    ]
-    frames = subject.spec.video[0]
-    return [Measured(r, run.results, truth, subject.words[1:], frames) for r, run in zip(records, runs, strict=True)]
+    def _identify(self, subject: Subject) -> Identity:
+        """What the model of a subject is; found, and hashed, once per run."""
+        if subject not in self._identities:
+            if subject.request:
+                identity = self._worker("models").call(measure.identify, subject.request, seconds=self._left())
+                self._report(identity.note)
+            else:
+                assert subject.bundle
+                identity = identity_of(Bundle.open(subject.bundle))
+            self._identities[subject] = identity
+        return self._identities[subject]
 
-
-def _bundle(plan: Plan, source: Source, subject: _Subject, report: Report) -> Bundle:
-    """The exported model: the one from an earlier run if it is the same, proven and intact, else a new one."""
-    name = f"{subject.name}-{subject.spec.block_text}-b{plan.batch}-fp32-{subject.digest[:12]}"
-    folder = plan.out / "bundles" / name
-    if folder.exists():
+    def _measure_bandwidths(self, groups: Sequence[Sequence[Case]]) -> None:
+        if not self.plan.steps:
+            return
+        case = next((c for group in groups for c in group if c.engine.runtime is None and not c.refusal()), None)
+        if case is None:
+            return
         try:
-            bundle = Bundle.open(folder, require_receipt=True)
-            if bundle.manifest.versions == versions():
-                return bundle
-            why = "it was made by other versions"
-        except BundleError as error:
-            why = error.message
-        raise UsageError(f"{folder} cannot be used, {why}: remove it, or choose another --out")
-    return export(source, folder, "fp32", plan.batch, lambda stage: report(f"export: {stage}"))
+            worker = self._worker(self._process(case))
+            self._bandwidths = worker.call(measure.bandwidths, case.device, seconds=self._left())
+        except WorkerError as error:
+            self._log(f"bandwidths: {error.message}\n{error.trace}")
 
+    def _group(self, group: Sequence[Case]) -> list[Measured]:
+        """Measure the cases of a group; one row each, in their order."""
+        plan, identity = self.plan, self._identify(group[0].subject)
+        measurements = [Measurement(case) for case in group]
+        conditions = conditions_for(identity, plan)
+        together = self._fit_together(measurements, identity)
+        for part in [measurements] if together else [[one] for one in measurements]:
+            self._take_turns(part, identity, conditions)
+            for measurement in part:  # a process on a CPU is one engine's, whose memory must be its own
+                if measurement.case.device == "cpu":
+                    self._workers.pop(self._process(measurement.case), Worker()).close()
+        key = (group[0].subject, group[0].dtype, group[0].batch)
+        for one in measurements:
+            if one.case.engine.role == REFERENCE and one.clips:
+                self._references[key] = one.clips
+        reference = self._references.get(key)
+        run = Run(plan, self.began, identity, conditions, reference, together, self._bandwidths, describe())
+        return [Measured(row(run, one), one.clips, conditions, identity.spec.video[0]) for one in measurements]
 
-@dataclass(frozen=True)
-class _Run:
-    results: list[Result]
-    first_frames: list[Result]
-    peak_memory: int
+    def _fit_together(self, measurements: Sequence[Measurement], identity: Identity) -> bool:
+        """Whether all engines fit in memory at once. ONNX Runtime keeps a copy of the weights for each graph."""
+        on_cpu = [one.case for one in measurements if one.case.device == "cpu"]
+        copies = sum(1 if case.engine.runtime is None or case.engine.runtime.shares_weights else 3 for case in on_cpu)
+        return 4 * identity.parameters * copies < MEMORY_SHARE * available_memory()
 
-
-def _take_turns(
-    plan: Plan, jobs: Sequence[Job], spec: SystemSpec, conditions: Sequence[np.ndarray], report: Report
-) -> list[_Run]:
-    """Run the engines A B C, C B A, …, so that a machine that slows down slows them all."""
-    # The same condition for all of a batch: their noise differs.
-    given = [np.stack([condition] * plan.batch) for condition in conditions]
-    runs = [_Run([], [], 0) for _ in jobs]
-    with ExitStack() as stack:
-        workers = []
-        for job in jobs:
-            report(f"{spec.block_text} {job.engine}: load and warm up")
-            workers.append(stack.enter_context(Worker(job)))
-            workers[-1].call("warm_up", given[0])
-            report(f"{spec.block_text} {job.engine}: ready", turns=1)
-        turn = list(zip(jobs, workers, runs, strict=True))
+    def _take_turns(self, part: Sequence[Measurement], identity: Identity, conditions: Conditions) -> None:
+        """Prepare each engine, then run them A B C, C B A, …, so that a machine that slows down slows them all."""
+        plan, batch = self.plan, part[0].case.batch
+        # All clips of a batch have the same condition; their noise differs.
+        given = [np.stack([condition] * batch) for condition in conditions.arrays]
+        settings = (plan.sampling, plan.seed)
+        for one in part:
+            self._attempt(one, "load and check", lambda one=one: self._prepare(one, identity))  # type: ignore[misc]
+            self._attempt(one, "warm up", lambda one=one: self._call(one, measure.warm_up, given[0], *settings))  # type: ignore[misc]
+            self._report(f"{one.case}: ready", turns=1)
         for clip in range(plan.clips):
-            for job, worker, run in turn if clip % 2 == 0 else turn[::-1]:
-                report(f"{spec.block_text} {job.engine}: clip {clip + 1} of {plan.clips}")
-                run.results.append(worker.call("predict", given[clip % len(given)], clip * plan.batch))
-                report(f"{spec.block_text} {job.engine}: clip {clip + 1} done", turns=1)
-        for job, worker, run in turn:
-            report(f"{spec.block_text} {job.engine}: first frame")
-            run.first_frames.append(worker.call("first_frame", given[0], 0))
-            report(f"{spec.block_text} {job.engine}: first frame done", turns=1)
-        return [
-            _Run(run.results, run.first_frames, worker.call("peak_memory"))
-            for run, worker in zip(runs, workers, strict=True)
-        ]
+            for one in part if clip % 2 == 0 else part[::-1]:
+                condition, index = given[clip % len(given)], clip * batch
+                self._attempt(
+                    one,
+                    f"clip {clip + 1} of {plan.clips}",
+                    lambda one=one, c=condition, i=index: one.clips.append(  # type: ignore[misc]
+                        self._call(one, measure.predict, c, i, *settings)
+                    ),
+                )
+                self._report(f"{one.case}: clip {clip + 1} done", turns=1)
+        for one in part:
+            self._attempt(one, "first frame and memory", lambda one=one: self._finish(one, given[0]))  # type: ignore[misc]
+            self._report(f"{one.case}: done", turns=1)
+            if one.life:
+                self._call(one, measure.close_case)
+                one.life = 0
 
+    def _attempt(self, one: Measurement, stage: str, work: Callable[[], object]) -> None:
+        """Do the next part of a case's measurement, unless an earlier part failed; a failure is kept as its reason."""
+        if one.failure:
+            return
+        self._report(f"{one.case}: {stage}")
+        try:
+            left = self._left()
+            if left is not None and left < (0 if one.life else LEAST_SECONDS):
+                raise EngineError("the time was up")
+            work()
+        except NbpError as error:
+            one.failure = " ".join(error.message.split())
+            one.notes += sentences(one.case.engine.status)
+            self._log(f"{one.case}: {stage}: {error.message}\n{getattr(error, 'trace', '')}")
 
-def _record(
-    plan: Plan,
-    subject: _Subject,
-    job: Job,
-    run: _Run,
-    reference: Sequence[Result] | None,
-    began: str,
-    together: bool,
-    video: str,
-) -> Record:
-    share, divergence = None, None
-    if reference and job.engine != "reference":
-        ours, theirs = (np.concatenate([result.tokens for result in results]) for results in (run.results, reference))
-        share, divergence = agreement(ours, theirs, subject.spec)
-    return Record(
-        run=began,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        **vars(describe()),
-        model=subject.name,
-        weights_sha256=subject.digest,
-        trained=subject.trained,
-        engine=job.engine,
-        threads=plan.threads,
-        device="cpu",
-        video=video,
-        seed=plan.seed,
-        temperature=plan.sampling.temperature,
-        top_k=plan.sampling.top_k,
-        top_p=plan.sampling.top_p,
-        interleaved=together,
-        **clip_fields(subject.spec, [result.spans for result in run.results]),
-        first_frame_ns=[sum(ns for _, ns in result.spans) for result in run.first_frames],
-        peak_memory_bytes=run.peak_memory,
-        token_agreement=share,
-        first_divergence=divergence,
-    )
+    def _prepare(self, one: Measurement, identity: Identity) -> None:
+        """Open a case and compare it with the reference. Raises EngineError if this machine cannot run it."""
+        case = one.case
+        if why := case.refusal():
+            raise EngineError(why)
+        if not identity.spec.video[0]:
+            raise EngineError("it has no tokenizer, so no video can be predicted: give --tokenizer FILE")
+        if case.engine.runtime:
+            one.bundle = bundle_for(case, identity, self.plan, self._worker("models"), self._left(), self._report)
+            if why := case.engine.runtime.refusal(one.bundle):
+                raise EngineError(why)
+        self._open(one)
+        one.parity = self._parity(one)
+        if self.plan.steps:
+            one.steps = self._call(one, measure.step_times, self.plan.steps, self.plan.sampling)
+
+    def _open(self, one: Measurement) -> None:
+        worker = self._worker(self._process(one.case))
+        path = one.bundle.path if one.bundle else None
+        # What loads imports and weights has all the time that is left: it is paid once per process.
+        one.notes = worker.call(measure.open_case, one.case, path, self.plan.threads, seconds=self._left())
+        one.life = worker.lives
+
+    def _call(self, one: Measurement, function: Callable[..., R], *arguments: object) -> R:
+        """Call a function of measure.py on a case, which is opened again if its process was replaced meanwhile."""
+        worker = self._worker(self._process(one.case))
+        if one.life != worker.lives:
+            self._open(one)
+        return worker.call(function, one.case, *arguments, seconds=self._share())
+
+    def _parity(self, one: Measurement) -> Parity | None:
+        """How a case compares with the reference: from the bundle's receipt where this runtime wrote it, else now."""
+        case = one.case
+        if case.engine.runtime is None:
+            # On a CPU the tokens show as much, and every clip is compared.
+            return self._call(one, measure.parity, None) if case.device != "cpu" or self.plan.steps else None
+        assert one.bundle
+        receipt = one.bundle.receipt()
+        if receipt and receipt["runtime"] == case.engine.runtime.name:
+            worst = receipt["worst"]
+            where = f"receipt: {worst['graph']} at {worst['at']}, {worst['where']}"
+            return Parity(worst["worst"], worst["tolerance"], where, len(receipt["checks"]))
+        name = f"PyTorch in {case.dtype}" if case.device != "cpu" else "reference"
+        return self._worker(name).call(measure.parity, case, one.bundle.path, seconds=self._left())
+
+    def _finish(self, one: Measurement, condition: np.ndarray) -> None:
+        settings = (self.plan.sampling, self.plan.seed)
+        one.first_frames.append(self._call(one, measure.first_frame, condition, *settings))
+        one.memory = self._call(one, measure.memory, condition, *settings)
+
+    def _profile(self, cases: Sequence[Case]) -> None:
+        """List the kernels of the first engine that was measured and is not bound by the host, else of the first."""
+        able = [case for case in cases if case.engine.runtime is None and not case.refusal()]
+        case = next((case for case in able if case.engine.role is None), able[0] if able else None)
+        if case is None:
+            self.profile = "not measured: no PyTorch engine can run here"
+            return
+        one = Measurement(case)
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        try:
+            self._open(one)
+            self.profile = self._worker(self._process(case)).call(measure.profile, case, seconds=left)
+        except NbpError as error:
+            self.profile = f"not measured: {error.message}"
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End all processes, at once after an error."""
+        for worker in self._workers.values():
+            worker.close(kill=kind is not None)

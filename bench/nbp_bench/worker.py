@@ -1,189 +1,126 @@
-"""One engine in a process of its own, so that its peak memory is its own and nothing else runs in its threads.
+"""Work in a process of its own, with a time limit: its memory is its own, and what kills it kills nothing else.
 
-The parent and the child talk in pairs: a method name with arguments goes in, its result or an error comes out.
+The parent and the child talk in pairs: a function with arguments goes in, its result or an error comes out. The child
+keeps a `Host` between calls, which holds what is open there.
 """
 
 import multiprocessing
 import signal
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable
 from contextlib import suppress
-from itertools import islice
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, TypeVar
 
-import click
-import numpy as np
-
-from nbp_bench.machine import peak_memory
+from nbp_bench.measure import Host
 from nbp_engines.errors import EngineError
-from nbp_engines.generator import Clip, Generator
-from nbp_engines.sampling import Sampling
-from nbp_engines.session import Session, open_session
-from nbp_engines.spec import SystemSpec
-from nbp_reports.record import STAGES
+from nbp_errors import NbpError
 
-if TYPE_CHECKING:
-    from nbp_export.sources import Request
-
-ENGINES = ("naive", "reference", "onnx")
-WARM_UP_BLOCKS = 4
+R = TypeVar("R")
 
 
-class Job(NamedTuple):
-    """What a worker loads."""
+class _Failure(NamedTuple):
+    """An error of the child.
 
-    engine: str
-    source: "Request | Path"  # the model of a PyTorch engine, or the bundle of an exported one
-    batch: int
-    sampling: Sampling
-    seed: int
-    threads: int | None
+    Attributes:
+        message: one line.
+        trace: where it happened, if it is not an error of ours.
+        fatal: whether the process cannot be trusted after it.
+    """
 
-
-class Result(NamedTuple):
-    """One generated clip: predicted video, all tokens, and the stages in order."""
-
-    video: np.ndarray
-    tokens: np.ndarray
-    spans: Sequence[tuple[str, int]]
-
-    @classmethod
-    def of(cls, clip: Clip) -> Self:
-        """What the parent needs of a clip."""
-        return cls(clip.video, clip.tokens, clip.timeline.spans)
+    message: str
+    trace: str
+    fatal: bool
 
 
-def clip_fields(spec: SystemSpec, clips: Sequence[Sequence[tuple[str, int]]]) -> dict[str, Any]:
-    """The fields of a record that follow from the spec and from the stages of the clips."""
+class WorkerError(EngineError):
+    """A call that failed in the child, in its own words; `trace` shows where if it was not an error of ours."""
 
-    def spans(stage: str) -> list[int]:
-        return [ns for clip in clips for name, ns in clip if name == stage]
-
-    return {
-        "block": spec.block_text,
-        "block_size": spec.block_size,
-        "dtype": spec.dtype,
-        "batch": spec.batch,
-        "frames": spec.video[0] - spec.condition_frames,
-        "steps": spec.steps,
-        "total_ns": [sum(ns for _, ns in clip) for clip in clips],
-        **{f"{stage}_ns": spans(stage) for stage in STAGES},
-    }
-
-
-def agreement(tokens: np.ndarray, reference: np.ndarray, spec: SystemSpec) -> tuple[float, int | None]:
-    """Share of predicted tokens of clips [clips,T·H·W] that are equal, and the earliest generated that is not."""
-    equal = (tokens == reference)[:, spec.order()[-spec.blocks * spec.block_size :]]
-    return float(equal.mean()), None if equal.all() else int((~equal).any(0).argmax())
-
-
-def open_engine(job: Job) -> Session:
-    """The session of a job, in this process."""
-    if isinstance(job.source, Path):
-        return open_session(job.source, job.threads)
-    # Not at the top: an exported engine's memory must not hold torch.
-    import torch
-
-    from nbp_bench.engines import NaiveSession, ReferenceSession
-    from nbp_export.graphs import system_spec
-    from nbp_export.sources import find
-
-    if job.threads:
-        torch.set_num_threads(job.threads)
-    source = find(job.source)
-    tokenizer = source.tokenizer.config if source.tokenizer else None
-    spec = system_spec(source.generator.config, tokenizer, "fp32", job.batch)
-    kind = NaiveSession if job.engine == "naive" else ReferenceSession
-    return kind(spec, source.generator, source.tokenizer)
-
-
-class _Calls:
-    """What the parent may ask for."""
-
-    def __init__(self, job: Job) -> None:
-        self.session = open_engine(job)
-        self.generator = Generator(self.session, job.sampling, job.seed)
-
-    def warm_up(self, condition: np.ndarray) -> None:
-        """Every graph once, a few steps: first calls allocate and choose kernels."""
-        spec = self.session.spec
-        given = condition if spec.hybrid else self.session.encode(condition)
-        for tokens in islice(self.generator.blocks(given), WARM_UP_BLOCKS):
-            last = tokens
-        self.session.decode(spec.codes(last))
-
-    def predict(self, condition: np.ndarray, sample: int) -> Result:
-        """A whole clip after given frames, or of a class."""
-        make = self.generator.generate if self.session.spec.hybrid else self.generator.predict
-        return Result.of(make(condition, sample))
-
-    def first_frame(self, condition: np.ndarray, sample: int) -> Result:
-        """A streamed clip, up to its first frames."""
-        return Result.of(next(self.generator.stream(condition, sample)))
-
-    def peak_memory(self) -> int:
-        """Bytes, of the whole life of this process."""
-        return peak_memory()
-
-
-def _serve(pipe: Connection, job: Job) -> None:
-    try:
-        calls = _Calls(job)
-        pipe.send((True, None))
-        while (message := pipe.recv()) is not None:
-            name, arguments = message
-            pipe.send((True, getattr(calls, name)(*arguments)))
-    except click.ClickException as error:
-        pipe.send((False, error.message))
-    except (KeyboardInterrupt, EOFError):
-        pass
-    except Exception as error:
-        pipe.send((False, f"{type(error).__name__}: {error}"))
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
 
 
 class Worker:
-    """The parent's end of one engine's process."""
+    """The parent's end of a process, which starts with the first call and again after a failure that ended it.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive()
+    Attributes:
+        lives: how many processes there have been: whatever an earlier one had open is gone.
+    """
 
-    def call(self, name: str, *arguments: object) -> Any:
-        """Run a method of the child; raises EngineError with the child's own words if it fails or dies."""
-        with suppress(BrokenPipeError):  # a dead child: receiving tells more
-            self._pipe.send((name, arguments))
-        return self._receive()
+    def __init__(self) -> None:
+        self.lives = 0
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
 
-    def _receive(self) -> Any:
+    def call(self, function: Callable[..., R], *arguments: object, seconds: float | None = None) -> R:
+        """Run a module's function on the child's host, for at most so many seconds.
+
+        Raises WorkerError if it fails, dies or takes longer; the next call then finds a fresh process, unless the error
+        was one of ours.
+        """
+        pipe = self._started()
+        with suppress(BrokenPipeError):  # a dead child: receiving says more
+            pipe.send((function, arguments))
         try:
-            ok, result = self._pipe.recv()
+            if not pipe.poll(seconds):
+                self.close(kill=True)
+                raise WorkerError(f"it took longer than {seconds:.0f} s")
+            answer = pipe.recv()
         except (EOFError, ConnectionError):
-            self._process.join()
-            code = self._process.exitcode
-            why = " (out of memory?)" if code == -signal.SIGKILL else ""
-            raise EngineError(f"engine {self.job.engine} died with exit code {code}{why}") from None
-        if not ok:
-            raise EngineError(f"engine {self.job.engine}: {result}")
-        return result
+            raise self._death() from None
+        if isinstance(answer, _Failure):
+            if answer.fatal:
+                self.close(kill=True)
+            raise WorkerError(answer.message, answer.trace)
+        return answer  # type: ignore[no-any-return]
 
-    def close(self) -> None:
-        """End the process."""
-        with suppress(BrokenPipeError):
-            self._pipe.send(None)
-            self._process.join(timeout=10)
-        self._process.kill()
+    def _started(self) -> Connection:
+        if self._pipe is None or self._process is None or not self._process.is_alive():
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
+            self.lives += 1
+        return self._pipe
+
+    def _death(self) -> WorkerError:
+        assert self._process
         self._process.join()
+        code = self._process.exitcode
+        self.close(kill=True)
+        return WorkerError(f"its process died with exit code {code}{' (out of memory?)' * (code == -signal.SIGKILL)}")
 
-    def __enter__(self) -> Self:
-        """The worker itself."""
-        return self
+    def close(self, kill: bool = False) -> None:
+        """End the process, at once if it is to be killed."""
+        if self._pipe and not kill:
+            with suppress(OSError):
+                self._pipe.send(None)
+        if self._process:
+            if not kill:
+                self._process.join(timeout=10)
+            self._process.kill()
+            self._process.join()
+        self._process = self._pipe = None
 
-    def __exit__(self, *_: object) -> None:
-        """End the process."""
-        self.close()
+
+def _serve(pipe: Connection) -> None:
+    host = Host()
+    try:
+        while (message := pipe.recv()) is not None:
+            pipe.send(_answer(host, *message))
+        host.close()
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):
+        pass
+
+
+def _answer(host: Host, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return function(host, *arguments)
+    except NbpError as error:
+        return _Failure(error.message, "", host.broken())
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        return _Failure(line[:300], traceback.format_exc(), fatal=True)

@@ -1,7 +1,7 @@
 """An NVIDIA GPU through cuda-python alone: memory, one stream, captured graphs, and the sampling kernel.
 
 Everything is enqueued on the device's one stream, and so happens in the order in which it is written; everything is
-given back when the device is closed. Executed by us against an emulation (tests/engines/emulated.py), never on a GPU.
+given back when the device is closed. Tests run it against an emulation of CUDA (tests/engines/emulated.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -265,23 +265,30 @@ class Sampler:
         noise, tokens = self._mirrors[uniforms.size]
         noise.host[:] = uniforms.reshape(-1)
         noise.enqueue_write()
-        top_k = min(settings.top_k, self._vocab)
-        values = (
-            logits.ptr,
-            noise.buffer.ptr,
-            self._vocab,
-            settings.temperature,
-            top_k,
-            settings.top_p,
-            tokens.buffer.ptr,
-        )
-        driver, stream = bindings("driver"), self._device.stream
-        arguments = (values, ARGUMENTS)
-        call(driver.cuLaunchKernel, self._kernel, uniforms.size, 1, 1, THREADS, 1, 1, 0, stream, arguments, 0)
+        self.enqueue(logits.ptr, noise.buffer.ptr, tokens.buffer.ptr, uniforms.size, settings)
         tokens.enqueue_read()
         self._device.synchronize()
         drawn: np.ndarray = tokens.host.reshape(uniforms.shape)
         return drawn
+
+    def enqueue(
+        self, logits: int, uniforms: int, tokens: int, rows: int, settings: Sampling, stream: Any = None
+    ) -> None:
+        """Enqueue the kernel alone, which a stream that is being captured takes too.
+
+        Args:
+            logits: address on the device of [rows,V] in the spec's dtype.
+            uniforms: address of fp64 [rows].
+            tokens: address of int64 [rows], which are written.
+            rows: tokens to draw.
+            settings: how they are drawn.
+            stream: handle of the stream; the device's own if None.
+        """
+        top_k = min(settings.top_k, self._vocab)
+        values = (logits, uniforms, self._vocab, settings.temperature, top_k, settings.top_p, tokens)
+        stream = self._device.stream if stream is None else stream
+        launch = bindings("driver").cuLaunchKernel
+        call(launch, self._kernel, rows, 1, 1, THREADS, 1, 1, 0, stream, (values, ARGUMENTS), 0)
 
 
 @cache

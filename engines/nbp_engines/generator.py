@@ -11,7 +11,7 @@ import numpy as np
 
 from nbp_engines.noise import uniforms
 from nbp_engines.sampling import Sampling
-from nbp_engines.session import Session
+from nbp_engines.session import Session, Unrolling
 from nbp_errors import UsageError
 
 
@@ -46,7 +46,8 @@ class Clip:
         video: float32 [B,3,F,H,W] in [0,1], the predicted frames only.
         tokens: the video tokenizer's, int64 [B,T·H·W] so far in raster order, given ones included; later frames
             hold zeros.
-        timeline: where the time went.
+        timeline: where the time went: encode, prefill, sample and step by turns, decode; where the session makes all
+            tokens in one call, encode, loop, decode.
     """
 
     video: np.ndarray
@@ -86,9 +87,36 @@ class Generator:
         return self._whole(text, sample, Timeline())
 
     def _whole(self, condition: np.ndarray, sample: int, timeline: Timeline) -> Clip:
-        for tokens in self.blocks(condition, sample, timeline):
-            clip = tokens
+        if isinstance(self.session, Unrolling) and self.session.unrolls:
+            clip = self._unrolled(self.session, condition, sample, timeline)
+        else:
+            for tokens in self.blocks(condition, sample, timeline):
+                clip = tokens
         return self._decode(clip, self.session.spec.condition_frames, self.session.spec.video[0], timeline)
+
+    def _unrolled(self, session: Unrolling, condition: np.ndarray, sample: int, timeline: Timeline) -> np.ndarray:
+        """The clip that `blocks` ends with, in one call and one stage."""
+        spec = self.session.spec
+        clip, prefix = self._begin(condition)
+        noise = np.stack([self._noise(sample, block) for block in range(spec.blocks)])
+        clip[:, spec.order()[-spec.blocks * spec.block_size :]] = session.unroll(prefix, noise, self.sampling)
+        timeline.mark("loop")
+        return clip
+
+    def _begin(self, condition: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The clip [B,T·H·W] with the given tokens alone, and the condition [B,P] as `prefill` takes it."""
+        self._check(condition)
+        spec = self.session.spec
+        clip = np.zeros((spec.batch, spec.clip_tokens), np.int64)
+        if spec.hybrid:
+            return clip, condition + spec.block_size
+        clip[:, : spec.condition_tokens] = condition
+        return clip, clip[:, spec.order()[: spec.condition_tokens]]
+
+    def _noise(self, sample: int, block: int) -> np.ndarray:
+        """Uniforms [B,L] of a block of each clip."""
+        spec = self.session.spec
+        return np.stack([uniforms(self.seed, sample + b, block, spec.block_size) for b in range(spec.batch)])
 
     def stream(self, condition: np.ndarray, sample: int = 0) -> Iterator[Clip]:
         """What `predict` makes of given frames, or `generate` of a text, each latent frame as soon as it is there.
@@ -114,20 +142,13 @@ class Generator:
         tokens are in raster order; the array is the same each time and grows more complete.
         """
         spec, timeline = self.session.spec, timeline or Timeline()
-        self._check(condition)
+        clip, prefix = self._begin(condition)
         batch, size, P = spec.batch, spec.block_size, spec.condition_tokens
-        order = spec.order()
-        clip = np.zeros((batch, spec.clip_tokens), np.int64)
-        given = 0
-        if spec.hybrid:
-            self.session.prefill(condition + size)
-        else:
-            given = P
-            clip[:, :given] = condition
-            logits = self.session.prefill(clip[:, order[:given]])
+        order, given = spec.order(), spec.clip_tokens - spec.blocks * size
+        logits = self.session.prefill(prefix)
         timeline.mark("prefill")
         for block in range(spec.blocks):
-            noise = np.stack([uniforms(self.seed, sample + b, block, size) for b in range(batch)])
+            noise = self._noise(sample, block)
             if spec.hybrid and block == 0:
                 tokens = self._one_by_one(noise, timeline)
             else:

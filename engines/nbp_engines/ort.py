@@ -263,9 +263,27 @@ def _no_pad_in_bf16(bundle: Bundle, graphs: Collection[str] | None = None) -> st
     )
 
 
+def _no_onnx_runtime() -> str | None:
+    return _missing("cpu")
+
+
+def _no_cuda() -> str | None:
+    return _no_cuda_provider() or no_gpu()
+
+
+def _on_cpu(_: Bundle) -> str:
+    return "ONNX Runtime on a CPU"
+
+
+def _on_cuda(_: Bundle) -> str:
+    return f"ONNX Runtime's CUDA provider on {gpu_name()}"
+
+
+# Named functions throughout: an entry travels to other processes.
 ORT_CPU = Runtime(
     name="ort-cpu",
     title="ONNX Runtime on a CPU",
+    status=("ort-cpu",),
     extra="cpu",
     packages=("onnxruntime",),
     devices=("cpu",),
@@ -274,12 +292,13 @@ ORT_CPU = Runtime(
     shares_weights=False,
     takes_models=True,
     open=OrtSession,
-    absence=lambda: _missing("cpu"),
-    description=lambda _: "ONNX Runtime on a CPU",
+    absence=_no_onnx_runtime,
+    description=_on_cpu,
 )
 ORT_CUDA = Runtime(
     name="ort-cuda",
     title="ONNX Runtime's CUDA provider",
+    status=("ort-cuda", "sample.cu"),
     extra="gpu",
     packages=("onnxruntime-gpu", "cuda-bindings"),
     devices=("cuda",),
@@ -288,7 +307,7 @@ ORT_CUDA = Runtime(
     shares_weights=True,
     takes_models=False,
     open=OrtCudaSession,
-    absence=lambda: _no_cuda_provider() or no_gpu(),
+    absence=_no_cuda,
     refusal=_no_pad_in_bf16,
-    description=lambda _: f"ONNX Runtime's CUDA provider on {gpu_name()}",
+    description=_on_cuda,
 )

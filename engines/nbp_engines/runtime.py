@@ -38,6 +38,7 @@ class Runtime:
     Attributes:
         name: what command lines, manifests and records call it.
         title: what it is, in a few words.
+        status: the rows of `nbp_engines.status` that say what was executed of it so far.
         extra: the extra of this distribution that installs it.
         packages: the distributions whose versions a record and a receipt name.
         devices: `cpu` or `cuda`, where it computes.
@@ -54,6 +55,7 @@ class Runtime:
 
     name: str
     title: str
+    status: tuple[str, ...]
     extra: str
     packages: tuple[str, ...]
     devices: tuple[str, ...]

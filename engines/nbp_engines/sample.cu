@@ -15,7 +15,7 @@
 // Where numpy's rounding decides (a sum that meets top-p or the noise to within about 1e-12), the token may differ. So
 // it may among logits so close that numpy finds their probabilities equal: here the larger logit still comes first.
 // A row with a NaN or +inf, or of -inf alone, has no probabilities: token 0, as numpy's comparisons with NaN make it.
-// Never executed on a GPU by us: tests/engines/test_sample_cu.py runs this file on a CPU.
+// tests/engines/test_sample_cu.py runs this file on a CPU, thread for thread.
 
 #ifndef SAMPLE_THREADS
 #define SAMPLE_THREADS 1024

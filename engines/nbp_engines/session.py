@@ -8,7 +8,7 @@ Shape legend: B batch, T tokens in the call, L tokens in a block, P condition to
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -57,6 +57,27 @@ class Session(Protocol):
 
     def __exit__(self, *_: object) -> None:
         """Close it."""
+        ...
+
+
+@runtime_checkable
+class Unrolling(Protocol):
+    """A session that can make all tokens of a clip in one call: the host then waits once per clip, not per step.
+
+    Attributes:
+        unrolls: whether that is the faster way, so that a generator takes it.
+    """
+
+    unrolls: bool
+
+    def unroll(self, condition: np.ndarray, noise: np.ndarray, settings: Sampling) -> np.ndarray:
+        """Predicted tokens int64 [B,blocks·L], as sampled, in block order: those that prefill, sample and step make.
+
+        Args:
+            condition: int64 [B,P], as `prefill` takes it.
+            noise: float64 [blocks,B,L] in [0,1).
+            settings: how tokens are drawn.
+        """
         ...
 
 

@@ -180,8 +180,9 @@ def _no_engines(bundle: Bundle) -> str | None:
     return f"{bundle.path} has no engines: {bundle.manifest.made}; `nbp-export trt` with the same options builds them"
 
 
-def _libraries(bundle: Bundle) -> str:
-    return " and ".join(dict.fromkeys(f"{engine.library} {engine.version}" for engine in bundle.manifest.engines))
+def _libraries_and_gpu(bundle: Bundle) -> str:
+    libraries = dict.fromkeys(f"{engine.library} {engine.version}" for engine in bundle.manifest.engines)
+    return f"{' and '.join(libraries)} on {gpu_name()}"
 
 
 def _library(engine: Engine, bundle: Bundle) -> Any:
@@ -289,6 +290,7 @@ def log_of(trt: Any) -> Any:
 TENSORRT = Runtime(
     name="tensorrt",
     title="the bundle's TensorRT engines",
+    status=("tensorrt", "sample.cu"),
     extra="trt-rtx",
     packages=("tensorrt", "tensorrt-rtx", "cuda-bindings"),
     devices=("cuda",),
@@ -299,5 +301,5 @@ TENSORRT = Runtime(
     open=TrtSession,
     absence=no_gpu,
     refusal=_no_engines,
-    description=lambda bundle: f"{_libraries(bundle)} on {gpu_name()}",
+    description=_libraries_and_gpu,
 )

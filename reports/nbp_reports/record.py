@@ -1,11 +1,11 @@
 """One measurement as one flat row: raw samples inside, every statistic derived from them.
 
-None means not measured, never zero.
+None means not measured, never zero. What could not be measured at all is a row too, with the reason.
 """
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Self
@@ -13,7 +13,8 @@ from typing import Self
 from nbp_reports.errors import RecordError
 
 SCHEMA = 2
-STAGES = ("encode", "prefill", "step", "sample", "decode")
+STAGES = ("encode", "prefill", "step", "sample", "loop", "decode")
+REFERENCE, BASELINE = "reference", "baseline"  # the roles that an engine may play
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,19 @@ class Record:
         gpu, gpu_memory_bytes, driver: the machine's GPU, if it has one; `device` says whether it was used.
         model, weights_sha256, trained: what ran; quality means something only where `trained`.
         block, block_size, engine, dtype, batch, threads, device: how it ran.
-        video: the clip that gave the condition.
+        video: what gave the condition: a clip, a class, or noise.
         seed, temperature, top_k, top_p: of the sampling.
         interleaved: whether the engines took turns, clip by clip, in processes kept alive together.
         frames: predicted frames a clip.
         steps: forward passes a clip as the paper counts them, the prefill being the first.
-        total_ns: wall time of each clip, end to end; the five stages add up to it.
+        total_ns: wall time of each clip, end to end; the stages add up to it. Empty if it was not measured.
         encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: every call of a stage, clip after clip. A GPU goes on
             after a call has returned: there a sample's time holds most of its step's.
+        loop_ns: in place of prefill, step and sample, where an engine does all of a clip's steps in one go.
         first_frame_ns: from the call to the first predicted frames, when streaming.
         peak_memory_bytes: largest resident size of the engine's own process.
+        peak_device_bytes: on a GPU, the most that the engine holds there while it makes a clip: weights, buffers and
+            what it allocates meanwhile.
         token_agreement: share of predicted tokens equal to the reference engine's, same noise.
         first_divergence: the first predicted token, in generation order, that differs; None if none does.
         fvd: Fréchet video distance.
@@ -51,6 +55,10 @@ class Record:
             largest float where it is not finite, which JSON does not have.
         parity_allowed: what that check allowed.
         parity_where: the check and its element.
+        role: `reference`, whose tokens the others' are compared with, or `baseline`, the authors' own loop.
+        not_measured: why there are no samples; None where there are.
+        bundle_sha256: of the bundle's manifest, for an engine that runs one.
+        notes: what a reader should know, such as which attention kernel was chosen.
     """
 
     run: str
@@ -92,6 +100,8 @@ class Record:
     peak_memory_bytes: int | None
     token_agreement: float | None
     first_divergence: int | None
+    loop_ns: list[int] = field(default_factory=list)
+    peak_device_bytes: int | None = None
     fvd: float | None = None
     device_step_ns: list[int] = field(default_factory=list)
     device_pass_ns: list[int] = field(default_factory=list)
@@ -101,17 +111,26 @@ class Record:
     parity_error: float | None = None
     parity_allowed: float | None = None
     parity_where: str | None = None
+    role: str | None = None
+    not_measured: str | None = None
+    bundle_sha256: str | None = None
+    notes: list[str] = field(default_factory=list)
     schema: int = SCHEMA
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> float | None:
         """Median wall time of a clip."""
-        return median(self.total_ns) / 1e9
+        return median(self.total_ns) / 1e9 if self.total_ns else None
 
     @property
-    def fps(self) -> float:
-        """Predicted frames a second, end to end, of the median clip; all clips of a batch count."""
-        return self.frames * self.batch / self.seconds
+    def fps(self) -> float | None:
+        """Predicted frames per second, end to end, of the median clip; all clips of a batch count."""
+        return self.frames * self.batch / self.seconds if self.seconds else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a check against the reference failed: the engine does not compute the model."""
+        return (self.parity_error or 0) > (self.parity_allowed or 0)
 
     @property
     def spread(self) -> float | None:
@@ -126,9 +145,9 @@ class Record:
         """Median time to the first predicted frames."""
         return median(self.first_frame_ns) / 1e9 if self.first_frame_ns else None
 
-    def stage_seconds(self, stage: str) -> float:
+    def stage_seconds(self, stage: str) -> float | None:
         """Mean time that a clip spends in a stage, all its calls together."""
-        return float(sum(getattr(self, f"{stage}_ns"))) / len(self.total_ns) / 1e9
+        return float(sum(getattr(self, f"{stage}_ns"))) / len(self.total_ns) / 1e9 if self.total_ns else None
 
     @property
     def step_ms(self) -> float | None:
@@ -153,12 +172,16 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read one line; raises RecordError for another schema, or unknown or missing names."""
+        """Read one line; raises RecordError for another schema, for an unknown name and for a missing one.
+
+        A name that has a default may be missing: a column that was added later orphans no record.
+        """
         try:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
                 raise RecordError(f"record schema {data['schema']!r}, this version reads {SCHEMA}")
-            missing = {f.name for f in fields(cls)} - set(data)
+            needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+            missing = needed - set(data)
             if missing:
                 raise RecordError(f"record lacks {', '.join(sorted(missing))}")
             return cls(**data)
@@ -167,8 +190,11 @@ class Record:
 
 
 def write(records: Iterable[Record], path: Path) -> None:
-    """One JSON object a line. Raises ValueError for a number that JSON does not have."""
-    path.write_text("".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records))
+    """One JSON object per line; an interrupted write leaves the old file. Raises ValueError for NaN and infinity."""
+    text = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
 
 
 def read(path: Path) -> list[Record]:

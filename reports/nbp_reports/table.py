@@ -1,9 +1,9 @@
-"""Records as rows that people read: the same two tables for the terminal and for Markdown."""
+"""Records as rows that people read: the same tables for the terminal and for Markdown, with the columns that vary."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from nbp_reports.record import STAGES, Record
+from nbp_reports.record import REFERENCE, STAGES, Record
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,10 +14,10 @@ Columns = dict[str, Callable[[Record], str]]
 
 def parity(record: Record) -> str:
     """How the engine's tokens compare with the reference's, drawn from the same noise."""
-    if record.engine == "reference":
+    if record.role == REFERENCE:
         return "the reference"
     if record.token_agreement is None:
-        return NOT_MEASURED
+        return "not compared"
     if record.token_agreement == 1:
         return "identical"
     return f"{record.token_agreement:.2%}, from token {record.first_divergence}"
@@ -27,8 +27,12 @@ def _number(value: float | None, digits: int) -> str:
     return NOT_MEASURED if value is None else f"{value:,.{digits}f}"
 
 
-def _stage(stage: str) -> Callable[[Record], str]:
-    return lambda record: _number(record.stage_seconds(stage), 3)
+def _stage(stage: str, scale: float, digits: int) -> Callable[[Record], str]:
+    def cell(record: Record) -> str:
+        seconds = record.stage_seconds(stage)
+        return _number(None if seconds is None else seconds * scale, digits)
+
+    return cell
 
 
 def _share(value: float | None) -> str:
@@ -39,55 +43,122 @@ def _error(record: Record) -> str:
     """The worst error of the checks against the reference in fp32, and whether it is allowed."""
     if record.parity_error is None or record.parity_allowed is None:
         return NOT_MEASURED
-    passed = record.parity_error <= record.parity_allowed
-    return f"{record.parity_error:.1e}{'' if passed else ' FAILED'}"
+    return f"{record.parity_error:.1e}{' FAILED' if record.failed else ''}"
 
 
-def _megabytes(record: Record) -> str:
-    return _number(None if record.peak_memory_bytes is None else record.peak_memory_bytes / 1e6, 0)
+def _spread(record: Record) -> str:
+    if not record.total_ns:
+        return NOT_MEASURED
+    return "n < 4" if record.spread is None else f"{record.spread:.0%}"
 
 
+def _megabytes(nbytes: int | None) -> str:
+    return _number(None if nbytes is None else nbytes / 1e6, 0)
+
+
+def _total(record: Record) -> float | None:
+    return sum(record.total_ns) / len(record.total_ns) / 1e9 if record.total_ns else None
+
+
+# What a row is of. A column whose value is the same in all rows is left out, and the caption says it.
+IDENTITY: Columns = {
+    "model": lambda r: r.model if r.trained else f"{r.model}, random weights",
+    "device": lambda r: r.device,
+    "dtype": lambda r: r.dtype,
+    "batch": lambda r: str(r.batch),
+}
 RESULTS: Columns = {
     "block": lambda r: r.block,
     "engine": lambda r: r.engine,
     "steps": lambda r: str(r.steps),
     "FPS": lambda r: _number(r.fps, 2),
-    "spread": lambda r: "n < 4" if r.spread is None else f"{r.spread:.0%}",
+    "spread": _spread,
     "1st frame s": lambda r: _number(r.first_frame_seconds, 2),
-    "peak MB": _megabytes,
+    "peak MB": lambda r: _megabytes(r.peak_device_bytes or r.peak_memory_bytes),
     "tokens": parity,
     "FVD": lambda r: _number(r.fvd, 1) if r.trained else "no checkpoint",
 }
 STAGE_TIMES: Columns = {
     "block": lambda r: r.block,
     "engine": lambda r: r.engine,
-    **{f"{stage} s": _stage(stage) for stage in STAGES},
-    "sum s": lambda r: _number(sum(r.total_ns) / len(r.total_ns) / 1e9, 3),
+    **{f"{stage} s": _stage(stage, 1, 3) for stage in STAGES},
+    "sum s": lambda r: _number(_total(r), 3),
     "one step ms": lambda r: _number(r.step_ms, 2),
 }
-TABLES: dict[str, Columns] = {
-    "Speed, memory and parity": RESULTS,
-    "Where a clip's time goes (mean)": STAGE_TIMES,
-}
-
 ON_DEVICE: Columns = {
     "block": lambda r: r.block,
     "engine": lambda r: r.engine,
-    "dtype": lambda r: r.dtype,
     "error": _error,
     "step ms": lambda r: _number(r.device_step_ms, 3),
     "with sampling": lambda r: _number(r.device_pass_ms, 3),
     "of copy": lambda r: _share(r.share_of(r.copy_bandwidth)),
     "of peak": lambda r: _share(r.share_of(r.peak_bandwidth)),
     "FPS": lambda r: _number(r.fps, 1),
-    "encode ms": lambda r: _number(r.stage_seconds("encode") * 1e3, 1),
-    "decode ms": lambda r: _number(r.stage_seconds("decode") * 1e3, 1),
+    "encode ms": _stage("encode", 1e3, 1),
+    "decode ms": _stage("decode", 1e3, 1),
 }
 
 
+def tables(records: Sequence[Record]) -> dict[str, Columns]:
+    """The tables that the records fill, by title."""
+    chosen = {"Speed, memory and parity": RESULTS, "Where a clip's time goes (mean)": STAGE_TIMES}
+    if any(r.device_step_ns for r in records):
+        chosen["Single steps back to back, by the device's clock"] = ON_DEVICE
+    identity = {name: cell for name, cell in IDENTITY.items() if len({cell(r) for r in records}) > 1}
+    looped = any(r.loop_ns for r in records)
+    return {
+        title: identity | {name: cell for name, cell in columns.items() if looped or name != "loop s"}
+        for title, columns in chosen.items()
+    }
+
+
+def caption(records: Sequence[Record]) -> str:
+    """What all rows have in common, and what their clips were made from."""
+    parts = []
+    for name, cell in IDENTITY.items():
+        if len(values := {cell(r) for r in records}) == 1:
+            parts.append(values.pop() if name == "model" else f"{name} {values.pop()}")
+    parts += dict.fromkeys(r.video for r in records)
+    return "; ".join(parts)
+
+
+def label(record: Record) -> str:
+    """The name of a model's strip in a picture of clips."""
+    return record.block if record.trained else f"{record.block}\nrandom weights"
+
+
+def line(record: Record) -> str:
+    """A row in one line, for a log."""
+    cells = {**IDENTITY, **RESULTS}
+    if record.not_measured:
+        return f"{_what(record)}: not measured: {record.not_measured}"
+    return ", ".join(f"{name} {cell(record)}" for name, cell in cells.items())
+
+
+def remarks(records: Sequence[Record]) -> list[str]:
+    """Why rows were not measured, and what a reader of the others should know."""
+    missing = [f"{_what(r)}: not measured: {r.not_measured}" for r in records if r.not_measured]
+    return missing + [f"{_what(r)}: {note}" for r in records for note in r.notes]
+
+
+def _what(record: Record) -> str:
+    batch = f" batch {record.batch}" if record.batch > 1 else ""
+    return f"{record.model} {record.block} {record.dtype}{batch} {record.engine}"
+
+
+def sorted_rows(records: Sequence[Record]) -> list[Record]:
+    """The records with those of one model, block, dtype and batch together, in the order of their first."""
+    kinds = list(dict.fromkeys((r.model, r.block, r.dtype, r.batch) for r in records))
+    return sorted(records, key=lambda r: kinds.index((r.model, r.block, r.dtype, r.batch)))
+
+
 def rows(columns: Columns, records: Sequence[Record]) -> list[list[str]]:
-    """One row of cells a record."""
-    return [[cell(record) for cell in columns.values()] for record in records]
+    """One row of cells per record; where nothing was measured, of FPS that alone is said."""
+    kept = {*IDENTITY, "block", "engine", "FPS"}
+    return [
+        [cell(record) if record.total_ns or name in kept else "" for name, cell in columns.items()]
+        for record in records
+    ]
 
 
 def terminal(title: str, columns: Columns, records: Sequence[Record]) -> "Table":
@@ -96,7 +167,8 @@ def terminal(title: str, columns: Columns, records: Sequence[Record]) -> "Table"
 
     table = Table(title=title, title_justify="left")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("block", "engine", "tokens", "FVD") else "right")
+        left = name in ("block", "engine", "tokens", "FVD", *IDENTITY)
+        table.add_column(name, justify="left" if left else "right")
     for record, cells, after in zip(records, rows(columns, records), [*records[1:], None], strict=True):
         table.add_row(*cells, end_section=after is not None and after.block != record.block)
     return table

@@ -301,6 +301,19 @@ def test_tokens_are_the_hosts(device: Device, dtype: str, sampling: Sampling, sh
         assert np.array_equal(sampler.sample(logits, noise, sampling), sample(logits.read(), noise, sampling))
 
 
+def test_the_kernel_alone_works_on_addresses_and_waits_for_nothing(gpu: Gpu, device: Device) -> None:
+    rng, shape = np.random.default_rng(4), (2, SPEC.vocab)
+    logits, noise, tokens = (device.allocate(s, d) for s, d in ((shape, "fp32"), ((2,), "fp64"), ((2,), "int64")))
+    logits.write(rng.standard_normal(shape).astype(np.float32))
+    noise.write(rng.uniform(size=2))
+    sampler, other = Sampler(device, SPEC), Device.open()
+    for stream in (None, int(other.stream)):
+        sampler.enqueue(logits.ptr, noise.ptr, tokens.ptr, 2, Sampling(top_k=10**12), stream)
+        assert gpu.queue, "it has run already"
+        assert np.array_equal(tokens.read(), sample(logits.read(), noise.read(), Sampling(top_k=10**12)))
+    other.close()
+
+
 def test_logits_of_the_host_are_drawn_there(gpu: Gpu, device: Device) -> None:
     logits, noise = np.eye(4, SPEC.vocab, dtype=np.float32)[None] * 9, np.full((1, 4), 0.5)
     found = Sampler(device, SPEC).sample(logits, noise, Sampling())

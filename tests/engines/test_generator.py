@@ -280,6 +280,40 @@ def test_a_streams_timeline_leaves_out_what_the_caller_does_between_frames(timed
     assert {ns - NANOSECONDS[stage] for stage, ns in timeline.spans} == {1}
 
 
+class UnrollingSession(FakeSession):
+    """One that makes a clip's tokens in one call, of the same logits."""
+
+    def unroll(self, condition: np.ndarray, noise: np.ndarray, settings: Sampling) -> np.ndarray:
+        self.calls.append(("unroll", noise.tolist()))
+        self.now += 1_000_000
+        history = condition
+        for row in noise:
+            logits = np.stack([logits_after(clip, self.spec.block_size) for clip in history])
+            history = np.concatenate([history, sample(logits, row, settings)], 1)
+        return history[:, condition.shape[1] :]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_session_may_make_all_tokens_in_one_call(
+    block: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(block, batch=2)
+    due = Generator(FakeSession(spec), seed=5).predict(frames_for(spec), sample=3)
+    session = UnrollingSession(spec)
+    monkeypatch.setattr(module, "time", Clock(session))
+    clip = Generator(session, seed=5).predict(frames_for(spec), sample=3)
+    assert np.array_equal(clip.tokens, due.tokens)
+    assert np.array_equal(clip.video, due.video)
+    assert [name for name, _ in session.calls] == ["encode", "unroll", "decode"]
+    assert clip.timeline.spans == [("encode", 8), ("loop", 1_000_001), ("decode", 10_000_001)]
+
+
+def test_a_stream_is_made_step_by_step_all_the_same() -> None:
+    session = UnrollingSession(spec_of((1, 1, 4)))
+    list(Generator(session).stream(frames_for(session.spec)))
+    assert "unroll" not in dict(session.calls)
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 3, 5, 4, 8), (2, 3, 4, 4, 8), (2, 3, 5, 8, 4), (2, 1, 5, 4, 8), (2, 3, 13, 4, 8), (3, 5, 4, 8)]
 )

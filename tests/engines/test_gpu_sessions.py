@@ -26,13 +26,15 @@ from nbp_export.cli import main
 from nbp_export.onnx_bundle import export
 from nbp_export.parity import ParityError, Reference, check_bundle
 from nbp_export.proof import prove_again
-from nbp_export.sources import Request, Source, find
+from nbp_export.request import Request
+from nbp_export.sources import Source, find
 from tests.engines.emulated import Gpu, emulated, with_engines
 from tests.engines.test_sample_cu import by_kernel
 from tests.export.support import Exported
 from tests.support import golden, golden_hybrid
 
 Exporter = Callable[..., Exported]
+MADE = "nbp-export onnx --checkpoint small.ckpt --block 1x1x4"
 GPU_RUNTIMES = ["tensorrt", "ort-cuda"]
 
 
@@ -242,20 +244,14 @@ REFUSED: dict[str, tuple[Gpu, dict[str, Any], str]] = {
     "another architecture": (
         Gpu(),
         {"arch": "sm86"},
-        (
-            r"encode\.engine was built for sm86, Emulated is sm80: build the engines again with --arch sm80; "
-            r"it was made by `nbp-export onnx --checkpoint small\.ckpt --block 1x1x4 --dtype fp16 --batch 1`"
-        ),
+        rf"encode\.engine was built for sm86, Emulated is sm80: build .* with --arch sm80; it was made by `{MADE}",
     ),
     "an older GPU": (Gpu(7, 5), {"compatibility": "ampere+"}, "built for sm80, Emulated is sm75"),
     "another of its kind": (Gpu(8, 6), {"compatibility": "same-cc"}, "built for sm80, Emulated is sm86"),
     "another version": (
         Gpu(),
         {"version": "1.6"},
-        (
-            r"here is 1\.7.*: pip install 'nbp-export\[trt-rtx\]' tensorrt-rtx==1\.6, or build .*again: "
-            r"it was made by `nbp-export onnx --checkpoint small\.ckpt"
-        ),
+        rf"here is 1\.7.*: pip install 'nbp-export\[trt-rtx\]' tensorrt-rtx==1\.6, or .*again: it was made by `{MADE}",
     ),
     "a swapped order": (Gpu(), {"graphs": ("step", "prefill")}, "has no|profile 0 takes tokens"),
     "no room for caches": (Gpu(memory=10_000), {}, r"no room for \w+ on Emulated: asked for [\d,]+ bytes, [\d,]+ free"),
@@ -291,9 +287,7 @@ def test_a_library_that_is_not_installed(engines: Callable[..., Exported]) -> No
 
 
 def test_a_bundle_without_engines(exported: Exporter) -> None:
-    with pytest.raises(
-        EngineError, match=r"has no engines: it was made by `nbp-export onnx .*`; `nbp-export trt` with"
-    ):
+    with pytest.raises(EngineError, match=rf"has no engines: it was made by `{MADE} .*`; `nbp-export trt` with"):
         open_session(exported("1x1x4").bundle, runtime="tensorrt")
 
 

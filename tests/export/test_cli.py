@@ -21,7 +21,8 @@ from nbp_engines.runtime import OpenOptions
 from nbp_engines.sampling import GREEDY
 from nbp_export import _extras
 from nbp_export.cli import main
-from nbp_export.sources import Request, find
+from nbp_export.request import Request
+from nbp_export.sources import find
 from nbp_reference import checkpoint
 from tests.export.support import Exported, HandDriven, source
 from tests.reference.test_checkpoint import lightning

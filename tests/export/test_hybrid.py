@@ -152,7 +152,7 @@ def test_a_hybrid_takes_no_frames_and_frame_prediction_no_text(made: tuple[Bundl
     with OrtSession(made[0], OpenOptions(threads=1, graphs=["prefill"])) as session:
         with pytest.raises(UsageError, match="takes a text"):
             Generator(session).predict(np.zeros((2, 3, 5, 16, 16), np.float32))
-        with pytest.raises(EngineError, match=r"there is no graph .encode."):
+        with pytest.raises(EngineError, match="there is no graph 'encode'"):
             session.encode(np.zeros((2, 3, 5, 16, 16), np.float32))
 
 

@@ -17,14 +17,23 @@ from torch import Tensor, nn
 
 from nbp_engines.bundle import Bundle
 from nbp_export import onnx_bundle, parity
-from nbp_export.graphs import graph_module, trace
+from nbp_export.graphs import TORCH_DTYPES, graph_module, trace
 from nbp_export.onnx_bundle import export
 from nbp_export.parity import Check, ParityError, Reference, check_bundle, compare, step_positions
 from nbp_export.sources import Source
 from nbp_reference import model as reference
 from nbp_reference.config import ModelConfig
+from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import FSQ, CausalConv3d, VideoTokenizer
 from tests.export.support import Exported, resealed, source
+from tests.export.test_sharpened import (
+    Hidden,
+    all_but_the_last_half,
+    hiding,
+    one_slot,
+    random_model,
+    the_oldest_block,
+)
 
 Exporter = Callable[..., Exported]
 
@@ -245,6 +254,70 @@ def test_the_tracing_itself_is_no_fault(exported: Exporter, copied: Callable[...
         ir.save(trace(module, bundle.manifest.graph_specs()["step"]), bundle.graph_file("step"))
     checks = list(check_bundle(resealed(bundle), Reference(made.source.generator)))
     assert {check.graph for check in checks} == {"prefill", "step"}
+
+
+# Valid slots that a traced step overlooks, on weights with which they hardly count but for sharpened caches.
+
+
+def retraced(bundle: Bundle, dtype: str, model: NextBlockTransformer, change: Fault = keep) -> Bundle:
+    """The bundle with a step alone, traced with a change; the model keeps its weights rounded to the dtype."""
+    spec = replace(bundle.manifest.spec, dtype=dtype)
+    module = graph_module(spec, "step", copy.deepcopy(model))
+    model.to(TORCH_DTYPES[dtype]).float()
+    change(module)
+    with torch.no_grad():
+        ir.save(trace(module, spec.graphs()["step"]), bundle.graph_file("step"))
+    return replace(bundle, manifest=replace(bundle.manifest, spec=spec, graphs={"step": "step.onnx"}))
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        pytest.param(all_but_the_last_half, id="sees only the last half of the valid prefix"),
+        pytest.param(the_oldest_block, id="does not see the oldest block"),
+        pytest.param(one_slot(20), id="does not see one slot"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "at"),
+    [
+        ("fp32", "cache_pos [32, 28]"),
+        ("fp16", "cache_pos [72, 68], sharpened"),
+        ("bf16", "cache_pos [32, 28]"),  # in fp32 arithmetic too, on a CPU
+    ],
+)
+def test_a_step_that_overlooks_valid_slots_is_caught(
+    dtype: str, at: str, hidden: Hidden, copied: Callable[..., Bundle]
+) -> None:
+    bundle = copied("1x2x2", batch=2)
+    config = ModelConfig.from_json(bundle.manifest.model["config"]["generator"])
+    model = random_model("fp32", config)
+    with hiding(hidden):
+        bundle = retraced(bundle, dtype, model)
+    with pytest.raises(ParityError) as error:
+        list(check_bundle(bundle, Reference(model)))
+    assert f"step.onnx, run by ort-cpu, differs from the reference at {at}: " in error.value.message
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_a_step_that_sees_all_valid_slots_passes(dtype: str, copied: Callable[..., Bundle]) -> None:
+    """The control of the faults above."""
+    bundle = copied("1x2x2", batch=2)
+    model = random_model("fp32", ModelConfig.from_json(bundle.manifest.model["config"]["generator"]))
+    checks = list(check_bundle(retraced(bundle, dtype, model), Reference(model)))
+    sharpened = [check for check in checks if "sharpened" in check.at]
+    for tolerance in {parity.TOLERANCE["fp16" if dtype == "fp16" else "fp32"], parity.TOLERANCE["fp32"]}:
+        assert 0 < max(check.worst for check in sharpened if check.tolerance == tolerance) < tolerance / 5
+
+
+def test_fp32_arithmetic_catches_what_fp16_rounds_away(exported: Exporter, copied: Callable[..., Bundle]) -> None:
+    model = copy.deepcopy(exported("1x2x2", batch=2).source.generator)
+
+    def slightly_off(module: nn.Module) -> None:
+        module.get_parameter("model.blocks.1.attn.key.weight").data *= 1.002
+
+    with pytest.raises(ParityError, match=r"at cache_pos \[72, 68\], sharpened, in fp32 arithmetic: "):
+        list(check_bundle(retraced(copied("1x2x2", batch=2), "fp16", model, slightly_off), Reference(model)))
 
 
 # Faults of the file: what a slip in an exporter or a runtime's rewriting would leave.

@@ -19,6 +19,7 @@ from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.errors import EngineError
 from nbp_engines.ort import OrtSession
 from nbp_engines.runtime import OpenOptions
+from nbp_engines.status import sentence
 from nbp_errors import NbpError
 from nbp_export.cli import main
 from nbp_export.graphs import TORCH_DTYPES
@@ -149,12 +150,13 @@ def test_the_twin_of_a_bf16_graph_knows_no_bf16_but_the_stored_weights(exported:
         assert computing == [n.op_type for n in original.graph.node]
 
 
-def test_a_bf16_bundle_says_what_was_not_executed(exported: Exporter) -> None:
+def test_a_bf16_bundle_says_in_what_it_was_checked(exported: Exporter) -> None:
     bundle, _ = exported(**FULL, dtype="bf16")
     receipt = bundle.receipt()
     assert receipt is not None
     for place in (bundle.manifest.provenance, receipt):
-        assert place["executed"].startswith("not executed in bf16")
+        assert sentence("bf16") in place["status"]
+    assert receipt["executed"] == "in fp32 arithmetic, on weights rounded to bf16, by ONNX Runtime on a CPU"
     assert {check["tolerance"] for check in receipt["checks"]} >= {5e-5}
     model = onnx.load(bundle.graph_file("step"), load_external_data=False)
     assert model.graph.input[2].type.tensor_type.elem_type == TensorProto.BFLOAT16

@@ -17,13 +17,15 @@ from onnx import ModelProto, NodeProto, helper
 
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import BundleError
+from nbp_engines.status import sentence
 from nbp_errors import UsageError
 from nbp_export import onnx_bundle, trt
 from nbp_export.cli import main
 from nbp_export.graphs import trace
 from nbp_export.onnx_bundle import GENERATOR, export
 from nbp_export.parity import ParityError
-from nbp_export.sources import Request, Source, find, random_generator
+from nbp_export.request import Request
+from nbp_export.sources import Source, find, random_generator
 from nbp_export.trt_library import RTX, Options
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.model import NextBlockTransformer
@@ -58,7 +60,7 @@ def test_an_engine_with_two_profiles(block: str, dtype: str, tmp_path: Path) -> 
     assert build.layers["KV_CACHE_UPDATE"] == 4
     assert build.layers["ATTENTION_INPUT"] == build.layers["ATTENTION_OUTPUT"] == 2
     assert (bundle.path / engine.file).stat().st_size > 200_000
-    assert "engines never by us" in bundle.manifest.provenance["engines"]
+    assert sentence("tensorrt-rtx-engines") in bundle.manifest.provenance["status"]
     left = {f"generator{end}" for end in (".engine", ".layers.json", ".log")} | {trt.BUILDS}
     assert left <= {file.path for file in bundle.manifest.files}
     proven = {(c["graph"], c["at"]) for c in (bundle.receipt() or {})["checks"]}
@@ -78,7 +80,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["trt", "--block", "1x1x16", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "builder: TensorRT-RTX 1." in done.output
-    assert "its engines never by us" in done.output
+    assert sentence("tensorrt-rtx-engines") in done.output
     seen = (
         "prefill of 512 tokens, step of 16 tokens; 10 caches updated in place, 5 attentions masked and fused, no input"
     )
@@ -283,7 +285,7 @@ def test_inspect_and_verify_tell_of_the_engines(built: Bundle, tmp_path: Path) -
     assert "generator.engine prefill (512) sm80 tensorrt_rtx 1." in words
     assert "fused" in words
     assert "4 kv_cache_update" in words
-    assert "No engine has been executed by us" in words
+    assert sentence("tensorrt-rtx-engines") in words
     data = json.loads(CliRunner().invoke(main, ["inspect", "--json", str(path)]).output)
     assert data["engines"][0]["activations"] == [*trt.builds(built)[0].activations]
     proven = CliRunner().invoke(main, ["verify", str(path)])

@@ -32,7 +32,7 @@ def _record(**changes: object) -> Record:
         trained=True,
         block="1x1x16",
         block_size=16,
-        engine="onnx",
+        engine="ort-cpu",
         dtype="fp32",
         batch=1,
         threads=None,
@@ -108,7 +108,8 @@ def test_spread_needs_samples_and_marks_an_unsteady_machine(tmp_path: Path) -> N
 def test_what_was_not_measured_is_said_and_never_zero() -> None:
     (cells,) = table.rows(table.RESULTS, [_record(token_agreement=None)])
     shown = dict(zip(table.RESULTS, cells, strict=True))
-    assert {shown[name] for name in ("1st frame s", "peak MB", "tokens", "FVD")} == {"not measured"}
+    assert {shown[name] for name in ("1st frame s", "peak MB", "FVD")} == {"not measured"}
+    assert shown["tokens"] == "not compared"
     (cells,) = table.rows(table.RESULTS, [_record(trained=False)])
     assert cells[-1] == "no checkpoint"
     (cells,) = table.rows(table.ON_DEVICE, [_record()])
@@ -128,7 +129,7 @@ def test_every_stage_has_a_field_and_a_column() -> None:
 
 def test_parity_tells_where_engines_part() -> None:
     assert table.parity(_record()) == "identical"
-    assert table.parity(_record(engine="reference", token_agreement=None)) == "the reference"
+    assert table.parity(_record(role="reference", token_agreement=None)) == "the reference"
     assert table.parity(_record(token_agreement=0.875, first_divergence=9)) == "87.50%, from token 9"
 
 
@@ -136,29 +137,91 @@ def test_terminal_tables_fit_120_columns_with_the_longest_cells() -> None:
     measured: dict[str, Any] = {"device_step_ns": [10**9], "device_pass_ns": [10**9], "step_bytes": 2 * 10**9}
     measured |= {"copy_bandwidth": 3e9, "peak_bandwidth": 4e9, "parity_error": 0.1, "parity_allowed": 0.01}
     rows = [
-        _record(block="1x16x16", engine="reference", **measured),
+        _record(block="1x16x16", engine="cudagraph", role="reference", **measured),
         _record(token_agreement=0.12345, first_divergence=1279, **measured),
     ]
     console = Console(width=120)
     with console.capture() as capture:
-        for title, columns in (table.TABLES | {"On the device": table.ON_DEVICE}).items():
+        for title, columns in table.tables(rows).items():
             console.print(table.terminal(title, columns, rows))
     assert "…" not in capture.get()
     assert "12.35%, from token 1279" in capture.get()
 
 
 def test_report_has_verdict_tables_figure_and_honest_labels(tmp_path: Path) -> None:
-    rows = [_record(), _record(engine="naive", total_ns=[6_000_000_000] * 3), _record(engine="reference")]
+    rows = [
+        _record(),
+        _record(engine="naive", role="baseline", total_ns=[6_000_000_000] * 3),
+        _record(engine="eager", role="reference", token_agreement=None),
+    ]
     text = markdown.report(rows, tmp_path).read_text()
-    assert "onnx is fastest, 4.00 FPS, 2.0× the authors' loop; all engines gave identical tokens" in text
+    assert "ort-cpu is fastest, 4.00 FPS, 2.0× the authors' loop" in text
+    assert "2 engines and the reference gave identical tokens" in text
     assert "another machine with another model" in text
     assert "FVD is not measured yet" in text
     assert markdown.SHEET not in text  # nobody drew one
     assert (tmp_path / markdown.FIGURE).stat().st_size > 10_000
     assert text.count("| 1x1x16 |") == 2 * len(rows)
     random = markdown.report([_record(trained=False, token_agreement=0.5)], tmp_path).read_text()
-    assert "The weights are random" in random
+    assert "These have random weights" in random
+    assert "nbp-tiny 1x1x16" in random
     assert "engines differ in tokens" in random
+
+
+def test_without_a_reference_no_tokens_were_compared(tmp_path: Path) -> None:
+    rows = [_record(token_agreement=None), _record(engine="naive", role="baseline", token_agreement=None)]
+    text = markdown.report(rows, tmp_path).read_text()
+    assert "tokens were not compared" in text
+    assert "identical" not in text.split("## How to read it")[0]
+    one = markdown.report([_record(), _record(engine="eager", role="reference", token_agreement=None)], tmp_path)
+    assert "its tokens and the reference's are identical" in one.read_text()
+
+
+def test_rows_of_different_kinds_say_so_and_nothing_is_taken_from_the_first(tmp_path: Path) -> None:
+    rows = [
+        _record(),
+        _record(dtype="bf16", device="cuda", gpu="Some GPU", batch=4, video="noise frames", interleaved=False),
+        _record(model="nbp-xl", trained=False, block="1x16x16", video="clip.mp4"),
+    ]
+    text = markdown.report(rows, tmp_path).read_text()
+    header = text.split("| model |")[1].splitlines()[0]
+    for column in ("device", "dtype", "batch"):
+        assert column in header
+    assert "| nbp-xl, random weights | cpu | fp32 | 1 | 1x16x16 |" in text
+    assert "| nbp-tiny | cuda | bf16 | 4 | 1x1x16 |" in text
+    assert "clip.mp4; noise frames" in text
+    assert "Some GPU" in text
+    assert "took turns where they fit in memory, not for 1x1x16" in text
+    assert "random weights, whose speed means something and whose quality is not measured: nbp-xl 1x16x16" in text
+
+
+def test_a_row_that_was_not_measured_says_why(tmp_path: Path) -> None:
+    missing = _record(engine="tensorrt", total_ns=[], step_ns=[], sample_ns=[], not_measured="no NVIDIA driver")
+    assert missing.fps is None
+    assert missing.stage_seconds("decode") is None
+    for rows in ([_record(), missing], [missing]):
+        text = markdown.report(rows, tmp_path).read_text()
+        assert "- nbp-tiny 1x1x16 fp32 tensorrt: not measured: no NVIDIA driver" in text
+        assert "| 1x1x16 | tensorrt |  | not measured |" in text
+    assert "nothing could be measured" in text
+    plain = markdown.report([_record(), missing], tmp_path, plain=True).read_text()
+    assert "| 1x1x16 | ort-cpu | 48 | 4.00 |" in plain
+    assert "no NVIDIA driver" in plain
+
+
+def test_a_column_that_was_added_later_orphans_no_record(tmp_path: Path) -> None:
+    old = {k: v for k, v in asdict(_record()).items() if k not in ("role", "not_measured", "loop_ns", "notes")}
+    (tmp_path / "r.jsonl").write_text(json.dumps(old) + "\n")
+    (row,) = record.read(tmp_path / "r.jsonl")
+    assert (row.role, row.not_measured, row.loop_ns) == (None, None, [])
+
+
+def test_an_interrupted_write_leaves_the_old_records(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    record.write([_record()], path)
+    with pytest.raises(ValueError, match="JSON"):
+        record.write([_record(fvd=float("nan"))], path)
+    assert record.read(path) == [_record()]
 
 
 def test_contact_sheet_goes_into_the_report(tmp_path: Path) -> None:

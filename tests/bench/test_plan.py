@@ -1,0 +1,91 @@
+"""The plan of a command line: the cartesian product, its order, and what is refused before anything runs."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nbp_bench.cli import main
+from nbp_bench.engines import engines
+from nbp_bench.plan import Case, Plan, Subject
+from nbp_export.request import Request
+
+ENGINES = engines()
+
+
+def plan(*names: str, minutes: float | None = None, device: str | None = "cuda") -> Plan:
+    return Plan(
+        subjects=[Subject(Request(block=block)) for block in ("16", "256")],
+        engines=[ENGINES[name] for name in names],
+        out=Path("out"),
+        dtypes=("bf16", "fp16"),
+        batches=(1, 4),
+        device=device,
+        minutes=minutes,
+    )
+
+
+def test_without_a_time_limit_all_engines_of_a_model_take_turns() -> None:
+    groups = [[str(case) for case in group] for group in plan("eager", "compiled", "tensorrt").groups()]
+    assert groups[0] == ["16 bf16 eager", "16 bf16 compiled", "16 bf16 tensorrt"]
+    assert len(groups) == 2 * 2 * 2
+    assert groups[-1][0] == "256 fp16 batch 4 eager"
+
+
+def test_with_one_the_most_wanted_comes_first_and_what_starts_slowly_later() -> None:
+    groups = plan("eager", "compiled", "cudagraph", "tensorrt", minutes=9).groups()
+    order = [" ".join(str(case) for case in group) for group in groups]
+    assert order[:2] == ["16 bf16 eager 16 bf16 cudagraph", "256 bf16 eager 256 bf16 cudagraph"]
+    assert order[4:6] == ["16 bf16 compiled", "256 bf16 compiled"]
+    assert order[8] == "16 bf16 tensorrt"
+    assert order[12] == "16 fp16 eager 16 fp16 cudagraph"
+
+
+def test_an_engine_runs_where_it_can_unless_a_device_is_named() -> None:
+    (group, *_) = plan("eager", "tensorrt", device=None).groups()
+    assert [case.device for case in group] == ["cpu", "cuda"]
+    (group, *_) = plan("eager", "tensorrt", device="cpu").groups()
+    assert [case.device for case in group] == ["cpu", "cpu"]
+    assert group[1].refusal() == "tensorrt runs on cuda, not on cpu"
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "device", "why"),
+    [
+        ("ort-cpu", "bf16", "cpu", "ort-cpu computes in fp32, fp16, not in bf16"),
+        ("cudagraph", "bf16", "cpu", "cudagraph runs on cuda, not on cpu"),
+        ("tensorrt", "bf16", "cuda", "no NVIDIA driver"),
+        ("ort-cuda", "fp16", "cuda", r"pip install 'nbp-export\[gpu\]'"),
+        ("eager", "bf16", "cuda", "torch finds no CUDA device"),
+    ],
+)
+def test_a_refusal_is_a_sentence(engine: str, dtype: str, device: str, why: str) -> None:
+    case = Case(Subject(Request(block="16")), ENGINES[engine], dtype, 1, device)
+    found = case.refusal()
+    assert found
+    assert pytest.importorskip("re").search(why, found), found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "nothing to compare: give --sizes 1,16,256, --blocks 1x1x16,1x4x4 or --bundle DIR"),
+        (["--sizes", "16", "--engines", "trt"], "--engines has no trt: there are naive, eager, cudagraph"),
+        (["--sizes", "16", "--dtype", "fp8"], "--dtype has no fp8: there are"),
+        (["--sizes", "16", "--batch", "1,many"], "--batch 'many' is not a number of clips, such as 4"),
+        (["--sizes", "16", "--checkpoint", "model.ckpt"], "expected BLOCK=FILE"),
+        (["--blocks", "1x4x4", "--checkpoint", "16=a.ckpt"], "not among the blocks 1x4x4"),
+        (["--bundle", "tiny", "--dtype", "fp16"], "a bundle has its own dtype and batch: leave out --dtype"),
+        (["--bundle", "tiny", "--model", "nbp-xl"], "a bundle says what its model is: leave out --model"),
+    ],
+    ids=lambda case: " ".join(case) if isinstance(case, list) else "",
+)
+def test_usage_errors_say_the_cure_and_exit_with_2(arguments: list[str], says: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 2, result.output
+    assert says in " ".join(result.output.split())
+
+
+def test_the_help_lists_the_engines() -> None:
+    output = CliRunner().invoke(main, ["--help"]).output
+    assert all(f"\n  {name}" in output for name in ENGINES)
