@@ -109,7 +109,7 @@ def check_bundle(bundle: Bundle, reference: Reference, runtime: Runtime = DEFAUL
         names = [name for name, spec in bundle.manifest.graph_specs().items() if model and spec.kind in kinds]
         rng = torch.Generator().manual_seed(seed)
         for group in [names] if runtime.shares_weights and names else [[name] for name in names]:
-            with _session(bundle, group, runtime) as session:
+            with graph_session(bundle, group, runtime) as session:
                 yield from _passed(bundle, check_graphs(session, group, reference, rng), runtime)
             yield from _passed(bundle, _checks_in_fp32(bundle, group, reference, runtime, rng), runtime)
 
@@ -142,7 +142,7 @@ def check_graphs(session: Graphs, names: Iterable[str], reference: Reference, rn
             yield from (check_encode if kind is GraphKind.ENCODE else check_decode)(session, reference.tokenizer, rng)
 
 
-def _session(bundle: Bundle, names: list[str], runtime: Runtime) -> GraphSession:
+def graph_session(bundle: Bundle, names: list[str], runtime: Runtime) -> GraphSession:
     """Some graphs in a runtime.
 
     The generator's are opened lean: rewriting them first would take twice the memory and 20 s on a CPU. The tokenizer's

@@ -23,7 +23,7 @@ from nbp_engines.sampling import Sampling
 from nbp_engines.session import GraphSession
 from nbp_engines.spec import GraphSpec, SystemSpec
 from nbp_engines.strict import FROM_0, TEXT, Kind, Rule, check, loads, number, whole, write_json
-from nbp_export.parity import TOLERANCE, Check, ParityError, _session
+from nbp_export.parity import TOLERANCE, Check, ParityError, graph_session
 from nbp_export.reach import reach
 from nbp_export.weights import read_generator
 from nbp_reference.model import NextBlockTransformer, tensor_scatter_
@@ -295,7 +295,7 @@ class _Replay(_Script):
             states = self._running.read_states() if self._running else {}
             self.close()
             names = [*self.graphs] if self._runtime.shares_weights else [graph]
-            self._running = _session(self.bundle, names, self._runtime)
+            self._running = graph_session(self.bundle, names, self._runtime)
             self._running.write_states(states)
         return self._running
 
