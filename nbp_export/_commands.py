@@ -46,8 +46,8 @@ class RuntimeName(click.ParamType[str]):
 
 
 def runtime_help() -> str:
-    """The registry in one sentence."""
-    return "; ".join(f"{runtime.name}: {runtime.title}" for runtime in RUNTIMES.values())
+    """The registry in one sentence, with the extra that installs each runtime."""
+    return "; ".join(f"{runtime.name}: {runtime.title} (extra {runtime.extra})" for runtime in RUNTIMES.values())
 
 
 @contextmanager

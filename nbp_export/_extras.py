@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+from nbp_engines.registry import DEFAULT
 from nbp_errors import NbpError
 
 
@@ -10,5 +11,5 @@ def need(extra: str, *modules: str) -> None:
     missing = [m for m in modules if find_spec(m) is None]
     if missing:
         # Where a runtime is installed it may be the GPU's, which the CPU's would overwrite.
-        extras = f"{extra},cpu" if find_spec("onnxruntime") is None else extra
+        extras = f"{extra},{DEFAULT.extra}" if find_spec("onnxruntime") is None else extra
         raise NbpError(f"{', '.join(missing)} missing: pip install 'nbp-export[{extras}]'")

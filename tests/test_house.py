@@ -1,6 +1,7 @@
 """The rules that hold the house together: who imports whom, what imports bare, what is tracked."""
 
 import ast
+import builtins
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,23 @@ def test_imports_go_one_way(package: str) -> None:
         for path in modules(package)
         for name in imported(path.read_text("utf-8"))
         if name in HOMES and name not in allowed
+    }
+    assert not wrong
+
+
+def test_the_root_of_the_errors_imports_nothing() -> None:
+    assert [*imported((ROOT / "engines" / "nbp_errors.py").read_text("utf-8"))] == []
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_every_error_is_of_one_family(package: str) -> None:
+    wrong = {
+        f"{path.relative_to(ROOT)}: {node.name}({base.id})"
+        for path in modules(package)
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
+        for base in node.bases
+        if isinstance(base, ast.Name) and not (base.id.endswith("Error") and base.id not in vars(builtins))
     }
     assert not wrong
 

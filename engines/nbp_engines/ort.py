@@ -128,7 +128,7 @@ class OrtSession(GraphSession):
         if a graph has other inputs and outputs than the manifest says.
         """
         super().__init__(bundle)
-        ort = _library("cpu")
+        ort = _library(ORT_CPU.extra)
         specs = self.opened(options.graphs)
         provider = self._provider()
         settings = ort.SessionOptions()
@@ -212,7 +212,7 @@ class OrtCudaSession(OrtSession):
         self.device = Device.open()
         with ExitStack() as opening:
             opening.callback(self.device.close)
-            _library("gpu").preload_dlls()  # CUDA's libraries, where pip installed them
+            _library(ORT_CUDA.extra).preload_dlls()  # CUDA's libraries, where pip installed them
             super().__init__(bundle, options._replace(lean=False))
             self._sampler = Sampler(self.device, self.spec)
             self._opened = opening.pop_all()
@@ -240,7 +240,7 @@ class OrtCudaSession(OrtSession):
 
 def _no_cuda_provider() -> str | None:
     """Why ONNX Runtime here cannot use a GPU, or None."""
-    if why := _missing("gpu"):
+    if why := _missing(ORT_CUDA.extra):
         return why
     ort = import_module("onnxruntime")
     if "CUDAExecutionProvider" in ort.get_available_providers():
@@ -264,7 +264,7 @@ def _no_pad_in_bf16(bundle: Bundle, graphs: Collection[str] | None = None) -> st
 
 
 def _no_onnx_runtime() -> str | None:
-    return _missing("cpu")
+    return _missing(ORT_CPU.extra)
 
 
 def _no_cuda() -> str | None:
