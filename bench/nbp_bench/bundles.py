@@ -1,6 +1,7 @@
 """The bundles that runtimes run: those that were given, and those that are exported for a run and kept for the next."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nbp_bench import measure
@@ -14,7 +15,7 @@ from nbp_errors import UsageError
 
 
 def bundle_for(
-    case: Case, identity: Identity, plan: Plan, worker: Worker, seconds: float | None, report: object
+    case: Case, identity: Identity, plan: Plan, worker: Worker, seconds: float | None, report: Callable[[str], None]
 ) -> Bundle:
     """The bundle that a case's runtime runs; exported and proven first, in the worker, where it is not there yet.
 
@@ -35,12 +36,10 @@ def bundle_for(
     folder = (plan.bundles or plan.out / "bundles") / name
     if not folder.exists():
         began = time.monotonic()
-        if callable(report):
-            report(f"{case}: export {name}")
+        report(f"{case}: export {name}")
         arguments = (case.subject.request, case.dtype, case.batch, runtime, folder)
         worker.call(measure.export_bundle, *arguments, seconds=seconds)
-        if callable(report):
-            report(f"{case}: exported and proven in {time.monotonic() - began:.0f} s")
+        report(f"{case}: exported and proven in {time.monotonic() - began:.0f} s")
     return _usable(folder)
 
 

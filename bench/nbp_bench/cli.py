@@ -33,7 +33,7 @@ class BenchCommands(Commands):
 @click.option("--sizes", help="Block sizes, such as 1,16,256: each fills rows, then whole rows, then frames.")
 @click.option("--blocks", help="Block shapes TxHxW, such as 1x1x16,1x4x4, beside or in place of --sizes.")
 @click.option("--model", help=f"A named size: {SIZES}.  [default: the bundled nbp-tiny]")
-@click.option("--checkpoint", "checkpoints", multiple=True, metavar="BLOCK=FILE", help="Weights for a size or shape.")
+@click.option("--checkpoint", multiple=True, metavar="BLOCK=FILE", help="Weights for a size or shape.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Tokenizer for checkpoints without one.")
 @click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing.")
 @click.option("--timing-only", is_flag=True, help="Accept checkpoints that were trained for another block.")
@@ -105,7 +105,7 @@ def _plan(
     return Plan(
         subjects=_bundles(bundles, model) if bundles else _models(**model),
         engines=[known[name] for name in chosen],
-        dtypes=_listed("--dtype", dtypes or DEFAULT_DTYPE[where], BYTES.keys() - {"int64"}),
+        dtypes=_listed("--dtype", dtypes or DEFAULT_DTYPE[where], [name for name in BYTES if name != "int64"]),
         batches=[_whole("--batch", text) for text in (batches or "1").split(",")],
         device=device,
         video=video,
@@ -149,7 +149,7 @@ def _models(
     sizes: str | None,
     blocks: str | None,
     model: str | None,
-    checkpoints: tuple[str, ...],
+    checkpoint: tuple[str, ...],
     tokenizer: Path | None,
     weights: str | None,
     timing_only: bool,
@@ -161,7 +161,7 @@ def _models(
     asked = [block for option in (sizes, blocks) if option for block in option.split(",")]
     if not asked:
         raise UsageError("nothing to compare: give --sizes 1,16,256, --blocks 1x1x16,1x4x4 or --bundle DIR")
-    files = dict(_pair(text) for text in checkpoints)
+    files = dict(_pair(text) for text in checkpoint)
     if unused := set(files) - set(asked):
         raise UsageError(f"--checkpoint for {', '.join(sorted(unused))}, not among the blocks {', '.join(asked)}")
     stand_in = next(iter(files.values()), None)  # a block without a checkpoint is timed with random weights of its kind

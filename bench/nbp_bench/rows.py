@@ -100,6 +100,7 @@ def row(run: Run, one: Measurement) -> Record:
         both = min(len(run.reference), len(one.clips))
         ours, theirs = (np.concatenate([r.tokens for r in results[:both]]) for results in (one.clips, run.reference))
         share, divergence = agreement(ours, theirs, spec)
+    stopped = [f"it stopped after {len(one.clips)} clips: {one.failure}"] if one.failure and one.clips else []
     steps, parity, memory = one.steps, one.parity, one.memory
     return Record(
         run=run.began,
@@ -138,9 +139,9 @@ def row(run: Run, one: Measurement) -> Record:
         parity_error=parity.error if parity else None,
         parity_allowed=parity.allowed if parity else None,
         parity_where=parity.where if parity else None,
-        not_measured=one.failure or None,
+        not_measured=one.failure if one.failure and not one.clips else None,
         bundle_sha256=one.bundle.manifest_sha256 if one.bundle else None,
-        notes=one.notes,
+        notes=[*one.notes, *stopped],
     )
 
 

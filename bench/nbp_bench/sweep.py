@@ -6,9 +6,10 @@ with the reason, and the rest goes on.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -87,12 +88,11 @@ class Sweep(AbstractContextManager["Sweep"]):
         if self.plan.profile:
             self._profile([case for group in groups for case in group])
 
-    def _left(self, kept: float = 0.0) -> float | None:
-        """Seconds until the deadline, less those that are kept back; None without a limit."""
+    def _left(self) -> float | None:
+        """Seconds until the deadline, less those that the profile needs; None without a limit."""
         if self._deadline is None:
             return None
-        kept += PROFILE_SECONDS if self.plan.profile else 0.0
-        return max(0.0, self._deadline - kept - time.monotonic())
+        return max(0.0, self._deadline - PROFILE_SECONDS * self.plan.profile - time.monotonic())
 
     def _share(self) -> float | None:
         """Seconds that one call may take."""
@@ -163,26 +163,18 @@ class Sweep(AbstractContextManager["Sweep"]):
         given = [np.stack([condition] * batch) for condition in conditions.arrays]
         settings = (plan.sampling, plan.seed)
         for one in part:
-            self._attempt(one, "load and check", lambda one=one: self._prepare(one, identity))  # type: ignore[misc]
-            self._attempt(one, "warm up", lambda one=one: self._call(one, measure.warm_up, given[0], *settings))  # type: ignore[misc]
+            self._attempt(one, "load and check", partial(self._prepare, one, identity))
+            self._attempt(one, "warm up", partial(self._call, one, measure.warm_up, given[0], *settings))
             self._report(f"{one.case}: ready", turns=1)
         for clip in range(plan.clips):
             for one in part if clip % 2 == 0 else part[::-1]:
-                condition, index = given[clip % len(given)], clip * batch
-                self._attempt(
-                    one,
-                    f"clip {clip + 1} of {plan.clips}",
-                    lambda one=one, c=condition, i=index: one.clips.append(  # type: ignore[misc]
-                        self._call(one, measure.predict, c, i, *settings)
-                    ),
-                )
+                make = partial(self._make_clip, one, given[clip % len(given)], clip * batch)
+                self._attempt(one, f"clip {clip + 1} of {plan.clips}", make)
                 self._report(f"{one.case}: clip {clip + 1} done", turns=1)
         for one in part:
-            self._attempt(one, "first frame and memory", lambda one=one: self._finish(one, given[0]))  # type: ignore[misc]
+            self._attempt(one, "first frame and memory", partial(self._finish, one, given[0]))
+            self._close(one)
             self._report(f"{one.case}: done", turns=1)
-            if one.life:
-                self._call(one, measure.close_case)
-                one.life = 0
 
     def _attempt(self, one: Measurement, stage: str, work: Callable[[], object]) -> None:
         """Do the next part of a case's measurement, unless an earlier part failed; a failure is kept as its reason."""
@@ -241,8 +233,26 @@ class Sweep(AbstractContextManager["Sweep"]):
             worst = receipt["worst"]
             where = f"receipt: {worst['graph']} at {worst['at']}, {worst['where']}"
             return Parity(worst["worst"], worst["tolerance"], where, len(receipt["checks"]))
-        name = f"PyTorch in {case.dtype}" if case.device != "cpu" else "reference"
-        return self._worker(name).call(measure.parity, case, one.bundle.path, seconds=self._left())
+        if case.device != "cpu":  # the process that has the reference on the device already
+            worker = self._worker(f"PyTorch in {case.dtype}")
+            return worker.call(measure.parity, case, one.bundle.path, seconds=self._left())
+        worker = Worker()
+        try:
+            return worker.call(measure.parity, case, one.bundle.path, seconds=self._left())
+        finally:
+            worker.close()
+
+    def _make_clip(self, one: Measurement, condition: np.ndarray, clip_index: int) -> None:
+        settings = (self.plan.sampling, self.plan.seed)
+        one.clips.append(self._call(one, measure.predict, condition, clip_index, *settings))
+
+    def _close(self, one: Measurement) -> None:
+        """Close a case where it is still open: after a failure its process may be gone, and all that it held."""
+        worker = self._worker(self._process(one.case))
+        if one.life and one.life == worker.lives:
+            with suppress(WorkerError):
+                worker.call(measure.close_case, one.case, seconds=self._share())
+        one.life = 0
 
     def _finish(self, one: Measurement, condition: np.ndarray) -> None:
         settings = (self.plan.sampling, self.plan.seed)

@@ -27,19 +27,22 @@ class _Failure(NamedTuple):
         message: one line.
         trace: where it happened, if it is not an error of ours.
         fatal: whether the process cannot be trusted after it.
+        exit_code: of the error.
     """
 
     message: str
     trace: str
     fatal: bool
+    exit_code: int = NbpError.exit_code
 
 
 class WorkerError(EngineError):
     """A call that failed in the child, in its own words; `trace` shows where if it was not an error of ours."""
 
-    def __init__(self, message: str, trace: str = "") -> None:
+    def __init__(self, message: str, trace: str = "", exit_code: int = NbpError.exit_code) -> None:
         super().__init__(message)
         self.trace = trace
+        self.exit_code = exit_code
 
 
 class Worker:
@@ -73,7 +76,7 @@ class Worker:
         if isinstance(answer, _Failure):
             if answer.fatal:
                 self.close(kill=True)
-            raise WorkerError(answer.message, answer.trace)
+            raise WorkerError(answer.message, answer.trace, answer.exit_code)
         return answer  # type: ignore[no-any-return]
 
     def _started(self) -> Connection:
@@ -120,7 +123,7 @@ def _answer(host: Host, function: Callable[..., Any], arguments: tuple[Any, ...]
     try:
         return function(host, *arguments)
     except NbpError as error:
-        return _Failure(error.message, "", host.broken())
+        return _Failure(error.message, "", host.broken(), error.exit_code)
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         return _Failure(line[:300], traceback.format_exc(), fatal=True)

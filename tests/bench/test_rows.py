@@ -1,0 +1,53 @@
+"""One row of a run: what was measured before a failure counts, and what failed says so."""
+
+from pathlib import Path
+
+import numpy as np
+
+from nbp_bench.conditions import Conditions
+from nbp_bench.engines import engines
+from nbp_bench.machine import describe
+from nbp_bench.measure import Identity, Result
+from nbp_bench.plan import Case, Plan, Subject
+from nbp_bench.rows import Measurement, Run, row
+from nbp_export.graphs import system_spec
+from nbp_export.request import Request
+from nbp_reference.config import MODELS, TOKENIZERS
+from nbp_reports.record import Record
+
+SPEC = system_spec(MODELS["nbp-tiny"].with_block("256"), TOKENIZERS["nbp-tiny"], "fp32", 1)
+
+
+def clip() -> Result:
+    tokens = np.zeros((1, SPEC.clip_tokens), np.int64)
+    return Result(np.zeros((1, 3, 12, 128, 128), np.float32), tokens, [("loop", 5), ("decode", 2)])
+
+
+def recorded(engine: str, clips: list[Result], failure: str = "", reference: list[Result] | None = None) -> Record:
+    case = Case(Subject(Request(block="256")), engines()[engine], "bf16", 1, "cpu")
+    identity = Identity("nbp-tiny", "ab", True, "a note", SPEC, 1, ())
+    conditions = Conditions([], "a clip", np.empty(0))
+    run = Run(Plan([], [], Path()), "now", identity, conditions, reference, True, (None, None), describe())
+    return row(run, Measurement(case, clips=clips, failure=failure))
+
+
+def test_a_failure_before_the_first_clip_is_the_reason() -> None:
+    found = recorded("eager", [], "its process died")
+    assert found.not_measured == "its process died"
+    assert found.fps is None
+    assert found.role == "reference"
+
+
+def test_a_failure_after_some_clips_is_a_note() -> None:
+    found = recorded("cudagraph", [clip(), clip()], "the time was up", [clip()])
+    assert found.not_measured is None
+    assert found.total_ns == [7, 7]
+    assert found.loop_ns == [5, 5]
+    assert found.notes == ["it stopped after 2 clips: the time was up"]
+    assert found.token_agreement == 1  # of the one clip that both have
+
+
+def test_a_row_is_in_the_dtype_of_its_case_and_names_its_machine() -> None:
+    found = recorded("compiled", [clip()])
+    assert (found.dtype, found.block, found.steps, found.token_agreement) == ("bf16", "1x16x16", 3, None)
+    assert found.machine == describe().machine
