@@ -102,17 +102,17 @@ def _progress(turns: int) -> Iterator[Report]:
 
 
 def _show(records: Sequence[Record]) -> None:
-    for title, columns in table.tables(records).items():
+    for title, (columns, rows) in table.tables(records).items():
         caption = f"{title}: {table.caption(records)}"
         if find_spec("rich") is None:
-            click.echo(f"\n{caption}\n{markdown.table(columns, records)}")
+            click.echo(f"\n{caption}\n{markdown.table(columns, rows)}")
             continue
         from rich.console import Console
 
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = 160
-        console.print(table.terminal(caption, columns, records))
+        console.print(table.terminal(caption, columns, rows))
     for line in table.remarks(records):
         click.echo(f"- {line}")
 

@@ -17,9 +17,9 @@ TEMPLATE = """\
 
 {{ verdict }}
 
-{% for title, columns in tables.items() -%}
+{% for title, (columns, rows) in tables.items() -%}
 ## {{ title }}
-{{ table(columns, records) }}
+{{ table(columns, rows) }}
 {% endfor -%}
 {% for line in remarks -%}
 - {{ line }}
@@ -152,7 +152,7 @@ def report(records: Sequence[Record], folder: Path, plain: bool = False) -> Path
     """
     path, chosen = folder / "report.md", tables(records)
     if plain:
-        parts = [f"## {title}\n{table(columns, records)}" for title, columns in chosen.items()]
+        parts = [f"## {title}\n{table(columns, shown)}" for title, (columns, shown) in chosen.items()]
         lines = "\n".join(f"- {line}" for line in remarks(records))
         path.write_text("\n".join([caption(records), "", verdict(records), "", *parts, lines, ""]), "utf-8")
         return path

@@ -99,16 +99,21 @@ ON_DEVICE: Columns = {
 }
 
 
-def tables(records: Sequence[Record]) -> dict[str, Columns]:
-    """The tables that the records fill, by title."""
+def tables(records: Sequence[Record]) -> dict[str, tuple[Columns, Sequence[Record]]]:
+    """The tables that the records fill, by title: their columns and rows. Only the first has rows without a clip."""
     chosen = {"Speed, memory and parity": RESULTS, "Where a clip's time goes (mean)": STAGE_TIMES}
     if any(r.device_step_ns for r in records):
         chosen["Single steps back to back, by the device's clock"] = ON_DEVICE
     identity = {name: cell for name, cell in IDENTITY.items() if len({cell(r) for r in records}) > 1}
     looped = any(r.loop_ns for r in records)
+    measured = [r for r in records if r.total_ns]
     return {
-        title: identity | {name: cell for name, cell in columns.items() if looped or name != "loop s"}
+        title: (
+            identity | {name: cell for name, cell in columns.items() if looped or name != "loop s"},
+            records if columns is RESULTS else measured,
+        )
         for title, columns in chosen.items()
+        if columns is RESULTS or measured
     }
 
 

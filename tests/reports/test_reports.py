@@ -142,8 +142,8 @@ def test_terminal_tables_fit_120_columns_with_the_longest_cells() -> None:
     ]
     console = Console(width=120)
     with console.capture() as capture:
-        for title, columns in table.tables(rows).items():
-            console.print(table.terminal(title, columns, rows))
+        for title, (columns, shown) in table.tables(rows).items():
+            console.print(table.terminal(title, columns, shown))
     assert "…" not in capture.get()
     assert "12.35%, from token 1279" in capture.get()
 
@@ -202,7 +202,7 @@ def test_a_row_that_was_not_measured_says_why(tmp_path: Path) -> None:
     for rows in ([_record(), missing], [missing]):
         text = markdown.report(rows, tmp_path).read_text()
         assert "- nbp-tiny 1x1x16 fp32 tensorrt: not measured: no NVIDIA driver" in text
-        assert "| 1x1x16 | tensorrt |  | not measured |" in text
+        assert text.count("| 1x1x16 | tensorrt |  | not measured |") == text.count("| 1x1x16 | tensorrt |") == 1
     assert "nothing could be measured" in text
     plain = markdown.report([_record(), missing], tmp_path, plain=True).read_text()
     assert "| 1x1x16 | ort-cpu | 48 | 4.00 |" in plain
