@@ -15,6 +15,9 @@ from nbp_errors import UsageError
 from nbp_export._commands import Commands, RuntimeName, runtime_help
 from nbp_export.cli import SIZES
 
+MOST_CLIPS = 1024  # in a batch; more would be a slip
+MOST_THREADS = 1024
+
 if TYPE_CHECKING:
     from nbp_bench.plan import Plan, Subject
 
@@ -43,12 +46,14 @@ class BenchCommands(Commands):
 @click.option("--batch", "batches", help="Clips generated at once, such as 1,4.  [default: 1]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: where each engine runs; cpu if it can]")
 @click.option("--video", type=click.Path(path_type=Path), help="Predict from this video.  [default: a bundled clip]")
-@click.option("--clips", type=click.IntRange(1), default=7, show_default=True, help="Measured clips per row.")
+@click.option("--clips", type=click.IntRange(1, 10**6), default=7, show_default=True, help="Measured clips per row.")
 @click.option(
     "--steps", type=click.IntRange(0), help="Single steps timed back to back.  [default: 200 on cuda, else 0]"
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads inside an operator.  [default: each runtime's own]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling noise.")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Inside an operator.  [default: each runtime's own]"
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling noise.")
 @click.option(
     "--minutes", type=click.FloatRange(0, min_open=True), help="End by then; what is named first comes first."
 )
@@ -64,6 +69,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     reason.
     """
     if context.invoked_subcommand:
+        _refuse_options_before(context)
         return
     from nbp_export._extras import need
 
@@ -71,10 +77,23 @@ def main(context: click.Context, /, **options: Any) -> None:
     need("bench", "torch")
     if plan.video:
         need("bench", "av")
-    from nbp_bench.run import check_golden, run
+    from nbp_bench.run import check_golden, check_out, run
 
+    check_out(plan.out)
     check_golden()
     run(plan)
+
+
+def _refuse_options_before(context: click.Context) -> None:
+    """Raise UsageError for options that stand before a subcommand, where they would have no effect."""
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if context.get_parameter_source(str(parameter.name)) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        name = context.invoked_subcommand
+        raise UsageError(f"{', '.join(given)} before {name} would have no effect: write its options behind {name}")
 
 
 def _plan(
@@ -106,7 +125,7 @@ def _plan(
         subjects=_bundles(bundles, model) if bundles else _models(**model),
         engines=[known[name] for name in chosen],
         dtypes=_listed("--dtype", dtypes or DEFAULT_DTYPE[where], [name for name in BYTES if name != "int64"]),
-        batches=[_whole("--batch", text) for text in (batches or "1").split(",")],
+        batches=[_batch(text) for text in _items("--batch", batches or "1")],
         device=device,
         video=video,
         clips=clips,
@@ -122,16 +141,26 @@ def _plan(
 
 def _listed(option: str, text: str, known: Collection[str]) -> list[str]:
     """The names in a list with commas. Raises UsageError, with the names that there are, for another."""
-    names = [name for name in text.split(",") if name]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise UsageError(f"{option} has no {', '.join(unknown) or 'name'}: there are {', '.join(known)}")
+    names = _items(option, text)
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"{option} has no {', '.join(unknown)}: there are {', '.join(known)}")
     return names
 
 
-def _whole(option: str, text: str) -> int:
-    if not text.strip().isdecimal() or not int(text):
-        raise UsageError(f"{option} {text!r} is not a number of clips, such as 4")
+def _items(option: str, text: str) -> list[str]:
+    """The items of a list with commas: spaces around them do not count, and a repeated item counts once.
+
+    Raises UsageError for an empty item.
+    """
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise UsageError(f"{option} {text!r} has an empty item: write the items with one comma between them")
+    return list(dict.fromkeys(items))
+
+
+def _batch(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= MOST_CLIPS:
+        raise UsageError(f"--batch {text!r} is not a number of clips from 1 to {MOST_CLIPS}, such as 4")
     return int(text)
 
 
@@ -158,10 +187,18 @@ def _models(
     from nbp_bench.plan import Subject
     from nbp_export.request import Request
 
-    asked = [block for option in (sizes, blocks) if option for block in option.split(",")]
+    lists = {"--sizes": sizes, "--blocks": blocks}
+    items = [item for option, text in lists.items() if text is not None for item in _items(option, text)]
+    asked = list(dict.fromkeys(map(_shape, items)))  # 16 and 1x1x16 are one block
     if not asked:
         raise UsageError("nothing to compare: give --sizes 1,16,256, --blocks 1x1x16,1x4x4 or --bundle DIR")
-    files = dict(_pair(text) for text in checkpoint)
+    files: dict[str, Path] = {}
+    for block, file in map(_pair, checkpoint):
+        if block in files:
+            raise UsageError(f"two checkpoints for block {block}, {files[block]} and {file}: give one per block")
+        files[block] = file
+    if files and (model or weights):
+        raise UsageError("a checkpoint says what the model is: leave out --model and --weights")
     if unused := set(files) - set(asked):
         raise UsageError(f"--checkpoint for {', '.join(sorted(unused))}, not among the blocks {', '.join(asked)}")
     stand_in = next(iter(files.values()), None)  # a block without a checkpoint is timed with random weights of its kind
@@ -227,8 +264,21 @@ def generate(temperature: float | None, top_k: int | None, top_p: float | None, 
     click.echo(make(console, Order(sampling=sampling, **order)))
 
 
+def _shape(text: str) -> str:
+    """A block's shape, `1x1x16` also for 16, where it is one; what cannot be read is refused with the model at hand."""
+    from nbp_reference.config import BlockShape, Latent, ModelConfig
+    from nbp_reference.errors import BlockShapeError
+
+    latent: Latent = ModelConfig(1, 1, 1).latent  # of every published model
+    try:
+        return str(BlockShape.parse(text, latent))
+    except BlockShapeError:
+        return text
+
+
 def _pair(text: str) -> tuple[str, Path]:
+    """Block and file of a --checkpoint. Raises UsageError if one is missing."""
     size, _, file = text.partition("=")
-    if not file:
+    if not file or not size:
         raise UsageError(f"--checkpoint {text!r}: expected BLOCK=FILE, such as 16=model.ckpt")
-    return size, Path(file)
+    return _shape(size.strip()), Path(file)

@@ -4,6 +4,7 @@ Torch, click and numpy are enough: without rich the tables are plain, and what e
 """
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,10 +19,30 @@ from nbp_bench.plan import Plan
 from nbp_bench.sweep import Measured, Report, Sweep
 from nbp_bench.video import to_uint8
 from nbp_engines.errors import EngineError
+from nbp_errors import UsageError
 from nbp_reports import markdown, record, table
 from nbp_reports.record import Record
 
+RECORDS = "records.jsonl"
 OPTIONAL = {"matplotlib": "pictures", "jinja2": "the full report"}
+
+
+def check_out(folder: Path) -> None:
+    """Make the folder of the results, and keep the records of an earlier run under another name.
+
+    Raises UsageError, before anything is measured, if nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        earlier = folder / RECORDS
+        if earlier.exists():
+            modified = datetime.fromtimestamp(earlier.stat().st_mtime, UTC)
+            kept = earlier.rename(folder / f"records-{modified:%Y%m%dT%H%M%S}.jsonl")
+            click.echo(f"the records of an earlier run are now in {kept}")
+    except OSError as error:
+        raise UsageError(f"{folder} cannot hold the results ({error.strerror}): choose another --out") from error
 
 
 def check_golden() -> None:
@@ -37,9 +58,8 @@ def run(plan: Plan) -> None:
 
     Raises EngineError if nothing could be measured, or if an engine does not compute the model.
     """
-    plan.out.mkdir(parents=True, exist_ok=True)
     measured: list[Measured] = []
-    path = plan.out / "records.jsonl"
+    path = plan.out / RECORDS
     with _log(plan.out / "log.txt") as log, _progress(_turns(plan)) as report, Sweep(plan, report, log) as sweep:
         for group in sweep.run():
             measured += group
@@ -112,7 +132,10 @@ def _show(records: Sequence[Record]) -> None:
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = 160
-        console.print(table.terminal(caption, columns, rows))
+        shown = table.fitting(columns, rows, console.width)
+        console.print(table.terminal(caption, shown, rows))
+        if missing := columns.keys() - shown.keys():
+            click.echo(f"too narrow for {', '.join(name for name in columns if name in missing)}: see the report")
     for line in table.remarks(records):
         click.echo(f"- {line}")
 

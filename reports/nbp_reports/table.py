@@ -99,6 +99,14 @@ ON_DEVICE: Columns = {
 }
 
 
+# Columns that a narrow terminal does without, the first of them first.
+EXPENDABLE = [
+    *("FVD", "spread", "steps", "encode s", "prefill s", "peak MB", "of peak", "encode ms", "decode ms", "sum s"),
+    *("1st frame s", "one step ms", "sample s", "loop s", "of copy", "error", "tokens", "step s", "decode s"),
+    *("with sampling", "step ms", "device", "batch", "dtype", "model"),
+]
+
+
 def tables(records: Sequence[Record]) -> dict[str, tuple[Columns, Sequence[Record]]]:
     """The tables that the records fill, by title: their columns and rows. Only the first has rows without a clip."""
     chosen = {"Speed, memory and parity": RESULTS, "Where a clip's time goes (mean)": STAGE_TIMES}
@@ -164,6 +172,18 @@ def rows(columns: Columns, records: Sequence[Record]) -> list[list[str]]:
         [cell(record) if record.total_ns or name in kept else "" for name, cell in columns.items()]
         for record in records
     ]
+
+
+def fitting(columns: Columns, records: Sequence[Record], width: int) -> Columns:
+    """The columns that fit in so many characters without a cut; block, engine and FPS always stay."""
+    cells = [list(columns), *rows(columns, records)]
+    widths = dict(zip(columns, (max(map(len, column)) + 3 for column in zip(*cells, strict=True)), strict=True))
+    shown = dict(columns)
+    for name in [name for name in EXPENDABLE if name in columns]:
+        if sum(widths[kept] for kept in shown) + 1 <= width:
+            break
+        del shown[name]
+    return shown
 
 
 def terminal(title: str, columns: Columns, records: Sequence[Record]) -> "Table":

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from nbp_bench.cli import main
 from nbp_bench.engines import engines
 from nbp_bench.plan import Case, Plan, Subject
+from nbp_bench.run import check_out
 from nbp_export.request import Request
 
 ENGINES = engines()
@@ -72,7 +73,16 @@ def test_a_refusal_is_a_sentence(engine: str, dtype: str, device: str, why: str)
         ([], "nothing to compare: give --sizes 1,16,256, --blocks 1x1x16,1x4x4 or --bundle DIR"),
         (["--sizes", "16", "--engines", "trt"], "--engines has no trt: there are naive, eager, cudagraph"),
         (["--sizes", "16", "--dtype", "fp8"], "--dtype has no fp8: there are"),
-        (["--sizes", "16", "--batch", "1,many"], "--batch 'many' is not a number of clips, such as 4"),
+        (["--sizes", "16", "--batch", "1,many"], "--batch 'many' is not a number of clips from 1 to 1024"),
+        (["--sizes", "16", "--batch", "1000000"], "--batch '1000000' is not a number of clips from 1 to 1024"),
+        (["--sizes", "256,"], "--sizes '256,' has an empty item: write the items with one comma between them"),
+        (["--sizes", "1,,16"], "has an empty item"),
+        (["--sizes", "16", "--engines", "eager,"], "--engines 'eager,' has an empty item"),
+        (["--sizes", "16", "--seed", "1" + "0" * 20], "is not in the range"),
+        (["--sizes", "16", "--threads", "100000000000"], "is not in the range"),
+        (["--sizes", "16", "--checkpoint", "16=a", "--checkpoint", "1x1x16=b"], "two checkpoints for block 1x1x16"),
+        (["--sizes", "16", "--checkpoint", "16=a", "--weights", "random"], "leave out --model and --weights"),
+        (["--seed", "5", "generate", "--bundle", "b", "--out", "c.mp4"], "--seed before generate would have no effect"),
         (["--sizes", "16", "--checkpoint", "model.ckpt"], "expected BLOCK=FILE"),
         (["--blocks", "1x4x4", "--checkpoint", "16=a.ckpt"], "not among the blocks 1x4x4"),
         (["--bundle", "tiny", "--dtype", "fp16"], "a bundle has its own dtype and batch: leave out --dtype"),
@@ -84,6 +94,35 @@ def test_usage_errors_say_the_cure_and_exit_with_2(arguments: list[str], says: s
     result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path)])
     assert result.exit_code == 2, result.output
     assert says in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("text", ["16,256", " 16 , 256", "16,1x1x16,256", "16,16,256"])
+def test_spaces_do_not_count_and_a_repeated_block_counts_once(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr("nbp_bench.run.check_golden", lambda: None)
+    monkeypatch.setattr("nbp_bench.run.run", plans.append)
+    with CliRunner().isolated_filesystem():
+        done = CliRunner().invoke(main, ["--sizes", text, "--engines", "eager, ort-cpu", "--batch", "1, 1,2"])
+    assert done.exit_code == 0, done.output
+    assert [str(subject) for subject in plans[0].subjects] == ["1x1x16", "1x16x16"]
+    assert [engine.name for engine in plans[0].engines] == ["eager", "ort-cpu"]
+    assert plans[0].batches == [1, 2]
+
+
+def test_a_folder_that_cannot_hold_results_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbp_bench.run.check_golden", lambda: pytest.fail("it began"))
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(main, ["--sizes", "16", "--out", str(tmp_path / "file")])
+    assert done.exit_code == 2
+    assert "cannot hold the results (File exists): choose another --out" in " ".join(done.output.split())
+
+
+def test_the_records_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text("earlier")
+    check_out(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("records-2")
+    assert kept.read_text() == "earlier"
 
 
 def test_the_help_lists_the_engines() -> None:

@@ -148,6 +148,21 @@ def test_terminal_tables_fit_120_columns_with_the_longest_cells() -> None:
     assert "12.35%, from token 1279" in capture.get()
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_a_narrow_terminal_shows_fewer_columns_and_whole_numbers(width: int) -> None:
+    rows = [_record(block="1x16x16", engine="cudagraph", total_ns=[12_345_678] * 4, peak_memory_bytes=10**11)]
+    console = Console(width=width)
+    for title, (columns, shown) in table.tables(rows).items():
+        fitting = table.fitting(columns, shown, width)
+        with console.capture() as capture:
+            console.print(table.terminal(title, fitting, shown))
+        assert "…" not in capture.get()
+        assert "1x16x16 │ cudagraph" in capture.get()
+        if "FPS" in columns:
+            assert "972.00" in capture.get()
+    assert table.fitting(table.RESULTS, rows, 1000) == table.RESULTS
+
+
 def test_report_has_verdict_tables_figure_and_honest_labels(tmp_path: Path) -> None:
     rows = [
         _record(),
