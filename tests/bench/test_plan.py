@@ -97,12 +97,14 @@ def test_usage_errors_say_the_cure_and_exit_with_2(arguments: list[str], says: s
 
 
 @pytest.mark.parametrize("text", ["16,256", " 16 , 256", "16,1x1x16,256", "16,16,256"])
-def test_spaces_do_not_count_and_a_repeated_block_counts_once(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spaces_do_not_count_and_a_repeated_block_counts_once(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plans: list[Plan] = []
     monkeypatch.setattr("nbp_bench.run.check_golden", lambda: None)
     monkeypatch.setattr("nbp_bench.run.run", plans.append)
-    with CliRunner().isolated_filesystem():
-        done = CliRunner().invoke(main, ["--sizes", text, "--engines", "eager, ort-cpu", "--batch", "1, 1,2"])
+    options = ["--engines", "eager, ort-cpu", "--batch", "1, 1,2", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, ["--sizes", text, *options])
     assert done.exit_code == 0, done.output
     assert [str(subject) for subject in plans[0].subjects] == ["1x1x16", "1x16x16"]
     assert [engine.name for engine in plans[0].engines] == ["eager", "ort-cpu"]
