@@ -344,6 +344,7 @@ def profile(host: Host, case: "Case") -> str:
         "step": lambda: session.step(tokens, at),
         "decode": lambda: session.decode(clip),
     }
+    session.prefill(np.zeros((spec.batch, spec.condition_tokens), np.int64))
     tables = []
     for name, call in calls.items():
         call()
