@@ -127,8 +127,21 @@ def _random(name: str, config: ModelConfig) -> Source:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = VideoTokenizer(TOKENIZERS["nbp-tiny" if name in TINY else "official"])
-    note = f"{name} with random weights, block {config.block}: speed means something, quality is not measured"
-    return Source(name, random_generator(config), tokenizer.eval(), False, note)
+    return Source(name, random_generator(config), tokenizer.eval(), False, _random_note(name, config))
+
+
+def _random_note(name: str, config: ModelConfig) -> str:
+    return f"{name} with random weights, block {config.block}: speed means something, quality is not measured"
+
+
+def with_block(source: Source, block: str | None) -> Source:
+    """A named model with the same random weights for another block, the model's own if None.
+
+    Raises BlockShapeError for a block that does not tile. The given source's generator becomes the new one's.
+    """
+    config = source.generator.config.with_block(block or str(MODELS[source.name].block))
+    source.generator.config = config
+    return replace(source, note=_random_note(source.name, config))
 
 
 def _bundled(name: str, request: Request) -> Source:

@@ -4,9 +4,11 @@ An engine is one of the PyTorch sessions, or a runtime on a bundle. Everything t
 their entries.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from shutil import which
 from typing import TYPE_CHECKING, Any
 
 from nbp_engines.registry import RUNTIMES
@@ -83,6 +85,8 @@ def _no_device(device: str) -> str | None:
 def _no_compiler(device: str) -> str | None:
     if device == "cuda" and find_spec("triton") is None:
         return "torch.compile needs triton on a GPU: pip install triton"
+    if device == "cuda" and not any(map(which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        return "torch.compile needs a C compiler, with which triton builds its launchers: install gcc"
     return _no_device(device)
 
 

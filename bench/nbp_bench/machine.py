@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,6 +96,7 @@ def _gpu() -> tuple[str | None, int | None, str | None]:
         pass
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        used = torch.cuda.get_device_properties(torch.cuda.current_device())
-        name, memory = used.name, used.total_memory
+        with suppress(RuntimeError):  # a GPU that fails here has failed in the engines' processes, whose rows say so
+            used = torch.cuda.get_device_properties(torch.cuda.current_device())
+            name, memory = used.name, used.total_memory
     return name, memory, driver

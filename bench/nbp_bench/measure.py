@@ -5,8 +5,8 @@ Torch is imported where it is needed: the memory of an engine that runs a bundle
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nbp_reference.tokenizer import VideoTokenizer
 
 WARM_UP_BLOCKS = 4
+WARM_UP_STEPS = 20
 
 
 class Identity(NamedTuple):
@@ -109,9 +110,10 @@ class _Models:
     exact_generator: "NextBlockTransformer"
     exact_tokenizer: "VideoTokenizer | None"
 
-    @property
-    def nbytes(self) -> int:
-        models = [model for model in (self.generator, self.tokenizer) if model]
+    def nbytes(self, session: Any) -> int:
+        """Bytes of those that a session computes with; it may have a tokenizer of its own."""
+        tokenizer = self.tokenizer if session.tokenizer is self.tokenizer else None
+        models = [model for model in (self.generator, tokenizer) if model]
         return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
 
 
@@ -130,6 +132,7 @@ class Host:
     def __init__(self) -> None:
         self.models: dict[object, _Models] = {}
         self.sources: dict[object, Source] = {}
+        self.digests: dict[object, str] = {}
         self.sessions: dict[Case, _Opened] = {}
         self.tokenizer_checks: dict[object, list[Check]] = {}
 
@@ -145,6 +148,14 @@ class Host:
 
         return broken()
 
+    def sound(self) -> bool:
+        """Whether CUDA is in use and still answers, so that what the process holds is worth keeping after an error."""
+        if "torch" not in sys.modules:
+            return False
+        import torch
+
+        return torch.cuda.is_initialized() and not self.broken()
+
     def close(self) -> None:
         """Close all sessions."""
         for case in [*self.sessions]:
@@ -156,12 +167,14 @@ def identify(host: Host, request: "Request") -> Identity:
     from nbp_export.graphs import system_spec
     from nbp_export.weights import weights_sha256
 
-    source = _source(host, request)
+    source, weights = _source(host, request), _weights(request)
     models = [model for model in (source.generator, source.tokenizer) if model]
     config = source.generator.config
+    if weights not in host.digests:
+        host.digests[weights] = weights_sha256(source.generator, source.tokenizer)
     return Identity(
         source.name,
-        weights_sha256(source.generator, source.tokenizer),
+        host.digests[weights],
         source.trained,
         source.note,
         system_spec(config, source.tokenizer.config if source.tokenizer else None, "fp32", 1),
@@ -252,7 +265,7 @@ def memory(host: Host, case: "Case", condition: np.ndarray, sampling: Sampling |
     predict(host, case, condition, 0, sampling, seed)
     passing = torch.cuda.max_memory_allocated() - before
     models = _models(host, case.subject, case.dtype, _torch_device(case.device))
-    return Memory(process, models.nbytes + opened.buffers + passing)
+    return Memory(process, models.nbytes(opened.session) + opened.buffers + passing)
 
 
 def step_times(host: Host, case: "Case", count: int, sampling: Sampling | None) -> StepTimes | None:
@@ -280,9 +293,9 @@ def step_times(host: Host, case: "Case", count: int, sampling: Sampling | None) 
         return session.step(tokens, np.full(spec.batch, positions[i]))
 
     stream = _stream(session, device)
-    for _ in range(2):  # the first warms up
-        steps = spans(device, step, count, stream)
-        passes = spans(device, lambda i: session.sample(step(i), noise, settings), count, stream)
+    for times in (min(count, WARM_UP_STEPS), count):
+        steps = spans(device, step, times, stream)
+        passes = spans(device, lambda i: session.sample(step(i), noise, settings), times, stream)
     return StepTimes(steps, passes, step_bytes(spec, positions))
 
 
@@ -331,6 +344,7 @@ def profile(host: Host, case: "Case") -> str:
         "step": lambda: session.step(tokens, at),
         "decode": lambda: session.decode(clip),
     }
+    session.prefill(np.zeros((spec.batch, spec.condition_tokens), np.int64))
     tables = []
     for name, call in calls.items():
         call()
@@ -353,6 +367,8 @@ def _checks(host: Host, case: "Case", session: Any, device: "torch.device") -> "
     _spec(case, models)  # sets the block
     reference, rng = Reference(models.exact_generator, models.exact_tokenizer), torch.Generator(device).manual_seed(0)
     kinds = {name: graph.kind for name, graph in spec.graphs().items()}
+    if device.type == "cuda" and case.engine.runtime is None and reference.tokenizer:
+        _find_convolutions(session)
     with torch.inference_mode(), _steady_convolutions():
         steps = [name for name, kind in kinds.items() if kind is GraphKind.BLOCK_STEP]
         yield from check_graphs(session, steps, reference, rng)
@@ -385,27 +401,29 @@ def _worst(checks: "Iterable[Check]") -> Parity:
 
 
 def _source(host: Host, request: "Request") -> "Source":
-    from nbp_export.sources import find
+    from nbp_export.sources import find, with_block
 
-    if request not in host.sources:
+    weights = _weights(request)
+    if weights not in host.sources:
         host.sources.clear()  # one model at a time
-        host.sources[request] = find(request)
-    return host.sources[request]
+        host.sources[weights] = find(request)
+    elif weights != request:
+        host.sources[weights] = with_block(host.sources[weights], request.block)
+    return host.sources[weights]
 
 
-def _weights(subject: "Subject") -> object:
+def _weights(request: "Request") -> "Request":
     """What tells weights apart: random ones fit every block, but for a class-conditional model's vocabulary."""
-    request = subject.request
-    if request and request.weights and not request.checkpoint and "hybrid" not in (request.model or ""):
+    if request.weights and not request.checkpoint and "hybrid" not in (request.model or ""):
         return request._replace(block=None)
-    return subject
+    return request
 
 
 def _models(host: Host, subject: "Subject", dtype: str, device: "torch.device") -> _Models:
     from nbp_export.graphs import TORCH_DTYPES
     from nbp_export.weights import read_tokenizer, read_whole_generator
 
-    key = (_weights(subject), dtype, device)
+    key = (_weights(subject.request) if subject.request else subject.bundle, dtype, device)
     if key not in host.models:
         host.models.clear()
         host.tokenizer_checks.clear()
@@ -448,13 +466,23 @@ def _torch_device(device: str) -> "torch.device":
     return torch.device(device)
 
 
-def _steady_convolutions() -> AbstractContextManager[None]:
+@contextmanager
+def _steady_convolutions() -> Iterator[None]:
     """No search for the fastest convolutions: the reference tokenizer in fp32 has dozens of shapes, each used once."""
     import torch
 
-    if not torch.cuda.is_available():
-        return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _find_convolutions(session: Any) -> None:
+    """Search for the session's fastest convolutions now: torch keeps what it uses first, searched for or not."""
+    spec = session.spec
+    session.encode(np.zeros((spec.batch, 3, spec.condition_frames, *spec.video[1:]), np.float32))
+    session.decode(np.zeros((spec.batch, spec.clip_tokens), np.int64))
 
 
 def _stream(session: Any, device: "torch.device") -> "torch.cuda.Stream | None":

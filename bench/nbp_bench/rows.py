@@ -28,6 +28,7 @@ class Measurement:
         bundle: what its runtime runs.
         clips, first_frames, steps, parity, memory: results; empty or None where not measured.
         notes: what a reader should know.
+        troubles: what could not be compared or timed beside the clips, and why.
         failure: why it could not be measured, or not further.
         life: of the worker in whose process it is open; 0 where it is not open.
     """
@@ -40,6 +41,7 @@ class Measurement:
     parity: Parity | None = None
     memory: Memory | None = None
     notes: list[str] = field(default_factory=list)
+    troubles: list[str] = field(default_factory=list)
     failure: str = ""
     life: int = 0
 
@@ -141,7 +143,7 @@ def row(run: Run, one: Measurement) -> Record:
         parity_where=parity.where if parity else None,
         not_measured=one.failure if one.failure and not one.clips else None,
         bundle_sha256=one.bundle.manifest_sha256 if one.bundle else None,
-        notes=[*one.notes, *stopped],
+        notes=[*one.notes, *one.troubles, *stopped],
     )
 
 

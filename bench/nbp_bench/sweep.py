@@ -6,10 +6,10 @@ with the reason, and the rest goes on.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from nbp_bench import measure
 from nbp_bench.bundles import bundle_for
 from nbp_bench.conditions import Conditions, conditions_for
-from nbp_bench.machine import available_memory, describe
+from nbp_bench.machine import Machine, available_memory, describe
 from nbp_bench.measure import Identity, Parity, Result
 from nbp_bench.plan import Case, Plan, Subject
 from nbp_bench.rows import Measurement, Run, identity_of, row
@@ -30,6 +30,8 @@ from nbp_reports.record import REFERENCE, Record
 
 R = TypeVar("R")
 LEAST_SECONDS = 20.0  # with less time left, no case begins
+LEAST_CALL = 3.0  # with less, none goes on: a call that is cut off takes its process, and the models there, with it
+CLOSE_SECONDS = 10.0  # that the end of a session may take, whatever time is left
 CASE_SHARE = 1 / 3  # of the time limit, that one call may take once the weights are loaded
 PROFILE_SECONDS = 40.0  # kept back for the profile
 MEMORY_SHARE = 0.7  # of what is available, that engines which take turns may fill
@@ -73,6 +75,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         self._identities: dict[Subject, Identity] = {}
         self._references: dict[tuple[Subject, str, int], list[Result]] = {}
         self._bandwidths: tuple[float | None, float | None] = (None, None)
+        self._machine: Machine | None = None
 
     def run(self) -> Iterator[list[Measured]]:
         """Measure group after group; the rows of each as it is done.
@@ -88,11 +91,11 @@ class Sweep(AbstractContextManager["Sweep"]):
         if self.plan.profile:
             self._profile([case for group in groups for case in group])
 
-    def _left(self) -> float | None:
-        """Seconds until the deadline, less those that the profile needs; None without a limit."""
+    def _left(self, kept: float = PROFILE_SECONDS) -> float | None:
+        """Seconds until the deadline, less those that are kept back for a profile; None without a limit."""
         if self._deadline is None:
             return None
-        return max(0.0, self._deadline - PROFILE_SECONDS * self.plan.profile - time.monotonic())
+        return max(0.0, self._deadline - kept * self.plan.profile - time.monotonic())
 
     def _share(self) -> float | None:
         """Seconds that one call may take."""
@@ -107,11 +110,22 @@ class Sweep(AbstractContextManager["Sweep"]):
         shared = case.device != "cpu" and case.engine.runtime is None
         return f"PyTorch in {case.dtype}" if shared else case.engine.name
 
+    @cached_property
+    def _first_on_gpu(self) -> Case | None:
+        """The first case that PyTorch can run on a GPU here."""
+        cases = (case for group in self.plan.groups() for case in group)
+        return next((c for c in cases if c.device != "cpu" and not c.engine.runtime and not c.refusal()), None)
+
     def _identify(self, subject: Subject) -> Identity:
-        """What the model of a subject is; found, and hashed, once per run."""
+        """What the model of a subject is; found, and hashed, once per run.
+
+        On a GPU by the process that measures first: it has to have the weights anyway.
+        """
         if subject not in self._identities:
             if subject.request:
-                identity = self._worker("models").call(measure.identify, subject.request, seconds=self._left())
+                first = self._first_on_gpu
+                worker = self._worker(self._process(first) if first else "models")
+                identity = worker.call(measure.identify, subject.request, seconds=self._left())
                 self._report(identity.note)
             else:
                 assert subject.bundle
@@ -147,7 +161,8 @@ class Sweep(AbstractContextManager["Sweep"]):
             if one.case.engine.role == REFERENCE and one.clips:
                 self._references[key] = one.clips
         reference = self._references.get(key)
-        run = Run(plan, self.began, identity, conditions, reference, together, self._bandwidths, describe())
+        self._machine = self._machine or describe()
+        run = Run(plan, self.began, identity, conditions, reference, together, self._bandwidths, self._machine)
         return [Measured(row(run, one), one.clips, conditions, identity.spec.video[0]) for one in measurements]
 
     def _fit_together(self, measurements: Sequence[Measurement], identity: Identity) -> bool:
@@ -176,6 +191,15 @@ class Sweep(AbstractContextManager["Sweep"]):
             self._close(one)
             self._report(f"{one.case}: done", turns=1)
 
+    def _close(self, one: Measurement) -> None:
+        """Close a case if its process is still there. A failure is logged: it costs nobody a row."""
+        worker, life, one.life = self._worker(self._process(one.case)), one.life, 0
+        if worker.running and worker.lives == life:
+            try:
+                worker.call(measure.close_case, one.case, seconds=CLOSE_SECONDS)
+            except WorkerError as error:
+                self._log(f"{one.case}: close: {error.message}\n{error.trace}")
+
     def _attempt(self, one: Measurement, stage: str, work: Callable[[], object]) -> None:
         """Do the next part of a case's measurement, unless an earlier part failed; a failure is kept as its reason."""
         if one.failure:
@@ -183,7 +207,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         self._report(f"{one.case}: {stage}")
         try:
             left = self._left()
-            if left is not None and left < (0 if one.life else LEAST_SECONDS):
+            if left is not None and left < (LEAST_CALL if one.life else LEAST_SECONDS):
                 raise EngineError("the time was up")
             work()
         except NbpError as error:
@@ -202,23 +226,37 @@ class Sweep(AbstractContextManager["Sweep"]):
             one.bundle = bundle_for(case, identity, self.plan, self._worker("models"), self._left(), self._report)
             if why := case.engine.runtime.refusal(one.bundle):
                 raise EngineError(why)
-        self._open(one)
-        one.parity = self._parity(one)
+        self._open(one, self._share() if self._worker(self._process(case)).running else self._left())
+        self._beside(one, "comparison with the reference", partial(self._compare, one))
         if self.plan.steps:
-            one.steps = self._call(one, measure.step_times, self.plan.steps, self.plan.sampling)
+            self._beside(one, "timing of single steps", partial(self._time_steps, one))
 
-    def _open(self, one: Measurement) -> None:
+    def _beside(self, one: Measurement, what: str, work: Callable[[], object]) -> None:
+        """What a row can do without: where it fails, the row says so, and its clips are still made."""
+        try:
+            work()
+        except WorkerError as error:
+            one.troubles.append(f"{what} failed: {' '.join(error.message.split())}")
+            self._log(f"{one.case}: {what}: {error.message}\n{error.trace}")
+
+    def _compare(self, one: Measurement) -> None:
+        one.parity = self._parity(one)
+
+    def _time_steps(self, one: Measurement) -> None:
+        one.steps = self._call(one, measure.step_times, self.plan.steps, self.plan.sampling)
+
+    def _open(self, one: Measurement, seconds: float | None) -> None:
+        """Open a case. In a new process that loads imports and weights, which may take all the time that is left."""
         worker = self._worker(self._process(one.case))
         path = one.bundle.path if one.bundle else None
-        # What loads imports and weights has all the time that is left: it is paid once per process.
-        one.notes = worker.call(measure.open_case, one.case, path, self.plan.threads, seconds=self._left())
+        one.notes = worker.call(measure.open_case, one.case, path, self.plan.threads, seconds=seconds)
         one.life = worker.lives
 
     def _call(self, one: Measurement, function: Callable[..., R], *arguments: object) -> R:
         """Call a function of measure.py on a case, which is opened again if its process was replaced meanwhile."""
         worker = self._worker(self._process(one.case))
-        if one.life != worker.lives:
-            self._open(one)
+        if one.life != worker.lives or not worker.running:
+            self._open(one, self._left())
         return worker.call(function, one.case, *arguments, seconds=self._share())
 
     def _parity(self, one: Measurement) -> Parity | None:
@@ -246,14 +284,6 @@ class Sweep(AbstractContextManager["Sweep"]):
         settings = (self.plan.sampling, self.plan.seed)
         one.clips.append(self._call(one, measure.predict, condition, clip_index, *settings))
 
-    def _close(self, one: Measurement) -> None:
-        """Close a case where it is still open: after a failure its process may be gone, and all that it held."""
-        worker = self._worker(self._process(one.case))
-        if one.life and one.life == worker.lives:
-            with suppress(WorkerError):
-                worker.call(measure.close_case, one.case, seconds=self._share())
-        one.life = 0
-
     def _finish(self, one: Measurement, condition: np.ndarray) -> None:
         settings = (self.plan.sampling, self.plan.seed)
         one.first_frames.append(self._call(one, measure.first_frame, condition, *settings))
@@ -267,10 +297,11 @@ class Sweep(AbstractContextManager["Sweep"]):
             self.profile = "not measured: no PyTorch engine can run here"
             return
         one = Measurement(case)
-        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        self._report(f"{case}: profile")
         try:
-            self._open(one)
-            self.profile = self._worker(self._process(case)).call(measure.profile, case, seconds=left)
+            self._open(one, self._left(kept=0.0))
+            call = self._worker(self._process(case)).call
+            self.profile = call(measure.profile, case, seconds=self._left(kept=0.0))
         except NbpError as error:
             self.profile = f"not measured: {error.message}"
 

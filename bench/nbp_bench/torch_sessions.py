@@ -263,18 +263,20 @@ class EagerSession(TorchSession):
             return getattr(self, graph)(*inputs.values())
         return self.step(inputs["tokens"], inputs["cache_pos"])
 
-    def _caches(self) -> dict[str, Tensor]:
+    @property
+    def caches(self) -> dict[str, Tensor]:
+        """All caches by name, [B,N,S,D], as they are on the device."""
         pairs = zip(self._block_step.k_caches, self._block_step.v_caches, strict=True)
         return {f"{kv}_cache_{i}": cache for i, pair in enumerate(pairs) for kv, cache in zip("kv", pair, strict=True)}
 
     def write_states(self, values: Mapping[str, np.ndarray]) -> None:
         """Overwrite some caches, by name: the parity proof fills them with garbage."""
         for name, value in values.items():
-            self._caches()[name].copy_(torch.from_numpy(value))
+            self.caches[name].copy_(torch.from_numpy(value))
 
     def read_states(self) -> dict[str, np.ndarray]:
         """All caches by name, [B,N,S,D], bf16 as float32; a later call may change fp32 ones of the CPU."""
-        return {name: host_array(cache) for name, cache in self._caches().items()}
+        return {name: host_array(cache) for name, cache in self.caches.items()}
 
 
 class NaiveSession(TorchSession):

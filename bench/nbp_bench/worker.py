@@ -79,8 +79,13 @@ class Worker:
             raise WorkerError(answer.message, answer.trace, answer.exit_code)
         return answer  # type: ignore[no-any-return]
 
+    @property
+    def running(self) -> bool:
+        """Whether the process of the last call is still there, with all that it has open."""
+        return self._pipe is not None and self._process is not None and self._process.is_alive()
+
     def _started(self) -> Connection:
-        if self._pipe is None or self._process is None or not self._process.is_alive():
+        if self._pipe is None or not self.running:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -91,7 +96,7 @@ class Worker:
 
     def _death(self) -> WorkerError:
         assert self._process
-        self._process.join()
+        self._process.join(timeout=10)
         code = self._process.exitcode
         self.close(kill=True)
         return WorkerError(f"its process died with exit code {code}{' (out of memory?)' * (code == -signal.SIGKILL)}")
@@ -105,7 +110,7 @@ class Worker:
             if not kill:
                 self._process.join(timeout=10)
             self._process.kill()
-            self._process.join()
+            self._process.join(timeout=10)  # one that waits for a driver may outlive its death
         self._process = self._pipe = None
 
 
@@ -126,4 +131,4 @@ def _answer(host: Host, function: Callable[..., Any], arguments: tuple[Any, ...]
         return _Failure(error.message, "", host.broken(), error.exit_code)
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
-        return _Failure(line[:300], traceback.format_exc(), fatal=True)
+        return _Failure(line[:300], traceback.format_exc(), fatal=not host.sound())

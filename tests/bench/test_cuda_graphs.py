@@ -121,7 +121,7 @@ def test_a_loop_that_cannot_be_captured_replays_its_steps(log: list[str], monkey
 def test_notes_tell_the_attention_and_who_draws(log: list[str]) -> None:  # noqa: ARG001
     attention, _, drawing = captured_session("1x1x4").notes
     assert attention.startswith("32 tokens: MATH attention: EFFICIENT_ATTENTION RuntimeError: No viable backend")
-    assert "MATH 0." in attention
+    assert "MATH " in attention
     assert drawing.startswith("tokens drawn by torch: ")
 
 

@@ -1,0 +1,153 @@
+"""What goes wrong in a process that engines share, as on a GPU: it costs a row, or a part of it, and no more."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbp_bench import measure, sweep
+from nbp_bench.engines import engines
+from nbp_bench.measure import Host
+from nbp_bench.plan import Plan, Subject
+from nbp_bench.sweep import Measured, Sweep
+from nbp_bench.worker import Worker, WorkerError
+from nbp_export import sources, weights
+from nbp_export.request import Request
+
+RANDOM = Request(model="nbp-tiny", weights="random", block="256")
+Trouble = Callable[[str, str], None]
+
+
+class DeathError(Exception):
+    """What a trouble raises to end the process."""
+
+
+class Here(Worker):
+    """A worker whose process is this one."""
+
+    log: list[tuple[str, str, float | None]]
+    trouble: Trouble
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host: Host | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.host is not None
+
+    def call(self, function: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
+        if self.host is None:
+            self.host, self.lives = Host(), self.lives + 1
+        name, engine = function.__name__, getattr(getattr(arguments[0], "engine", None), "name", "")
+        self.log.append((name, engine, seconds))
+        try:
+            self.trouble(name, engine)
+            return function(self.host, *arguments)
+        except DeathError:
+            self.host = None
+            raise WorkerError("its process died") from None
+
+    def close(self, kill: bool = False) -> None:  # noqa: ARG002
+        self.host = None
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Measured], Sweep]]:
+    """Measure naive and eager in one process, with a trouble before a function is called."""
+    monkeypatch.setattr(sweep, "Worker", Here)
+    monkeypatch.setattr(Here, "log", [], raising=False)
+    monkeypatch.setattr(Sweep, "_process", lambda *_: "shared")
+
+    def measured(
+        trouble: Trouble, names: Sequence[str] = ("naive", "eager"), **options: Any
+    ) -> tuple[list[Measured], Sweep]:
+        monkeypatch.setattr(Here, "trouble", staticmethod(trouble), raising=False)
+        plan = Plan([Subject(RANDOM)], [engines()[name] for name in names], tmp_path, clips=2, **options)
+        with Sweep(plan, lambda *_, **__: None) as whole:
+            (rows,) = whole.run()
+            return rows, whole
+
+    return measured
+
+
+def test_an_engine_whose_process_died_takes_none_with_it(run: Callable[..., tuple[list[Measured], Sweep]]) -> None:
+    def die(function: str, engine: str) -> None:
+        if (function, engine) == ("predict", "eager"):
+            raise DeathError
+
+    (naive, eager), _ = run(die)
+    assert len(naive.record.total_ns) == 2
+    assert naive.record.first_frame_ns
+    assert not naive.record.notes
+    assert eager.record.not_measured == "its process died"
+    opened = [engine for name, engine, _ in Here.log if name == "open_case"]
+    assert opened == ["naive", "eager", "naive"]
+    assert "close_case" in [name for name, engine, _ in Here.log if engine == "naive"]
+
+
+def test_what_a_row_can_do_without_is_a_note(run: Callable[..., tuple[list[Measured], Sweep]]) -> None:
+    def fail(function: str, engine: str) -> None:  # noqa: ARG001
+        if function in ("step_times", "parity", "first_frame", "close_case"):
+            raise WorkerError(f"no {function}")
+
+    (naive, eager), _ = run(fail, steps=2)
+    for row in (naive.record, eager.record):
+        assert len(row.total_ns) == 2
+        assert not row.not_measured
+        assert row.parity_error is None
+        assert row.notes[-3:] == [
+            "comparison with the reference failed: no parity",
+            "timing of single steps failed: no step_times",
+            "it stopped after 2 clips: no first_frame",
+        ]
+
+
+def test_the_deadline_ends_a_row_and_leaves_the_profile_its_time(
+    run: Callable[..., tuple[list[Measured], Sweep]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, passed = time.monotonic(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now + passed[0])
+    clips = []
+
+    def pass_time(function: str, engine: str) -> None:
+        if function == "predict":
+            clips.append(engine)
+            passed[0] = 60.0 - sweep.PROFILE_SECONDS - 1 if len(clips) == 2 else 0.0
+
+    (naive, eager), whole = run(pass_time, minutes=1, profile=True)
+    assert len(naive.record.total_ns) == len(eager.record.total_ns) == 1
+    for row in (naive.record, eager.record):
+        assert row.notes[-1] == "it stopped after 1 clips: the time was up"
+        assert row.fps
+        assert not row.not_measured
+    assert "aten::" in whole.profile
+    limits = {name: seconds for name, _, seconds in Here.log}
+    assert limits["close_case"] == sweep.CLOSE_SECONDS
+    assert limits["profile"] == limits["open_case"] == pytest.approx(sweep.PROFILE_SECONDS + 1)
+
+
+def test_random_weights_are_drawn_and_hashed_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, drawn = Host(), list[str]()
+
+    def noted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any) -> Any:
+            drawn.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    noted(sources, "find")
+    noted(weights, "weights_sha256")
+    blocks = {"16": "1x1x16", "256": "1x16x16", "1": "1x1x1"}
+    found = [measure.identify(host, RANDOM._replace(block=block)) for block in blocks]
+    assert drawn == ["find", "weights_sha256"]
+    for identity, block in zip(found, blocks, strict=True):
+        alone = measure.identify(Host(), RANDOM._replace(block=block))
+        assert identity == alone
+        assert identity.spec.block_text == blocks[block]
+        assert f"block {blocks[block]}:" in identity.note
