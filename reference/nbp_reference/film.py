@@ -26,6 +26,7 @@ UNKNOWN_RATE = Fraction(25)
 WIDEST_PIXEL = 10  # no format has pixels that are wider, or narrower, than this to 1: a file that says so is wrong
 PROBED_PACKETS = 64  # enough to tell a picture that is shown all the time from a film beside it
 TEXT_CODECS = {"ansi", "bintext", "idf", "xbin"}  # FFmpeg draws text as pictures of a terminal
+CURE = "If a player shows it, convert it with ffmpeg; if not, it may be an interrupted download: fetch it again"
 LEAST_MISSING = 0.5  # seconds: a file that is shorter by less than it declares is only rounded
 
 
@@ -258,7 +259,8 @@ def opened(path: Path) -> Iterator[Film]:
         with av.open(_address(path)) as container:
             yield Film(container, _track(path, container))
     except av.FFmpegError as error:
-        raise VideoError(f"{path} holds no readable video: {error.strerror}") from error
+        cure = "" if path.is_dir() or not path.exists() else f". {CURE}"
+        raise VideoError(f"{path} holds no readable video: {error.strerror}{cure}") from error
 
 
 def _track(path: Path, container: "InputContainer") -> "VideoStream":
@@ -273,7 +275,7 @@ def _track(path: Path, container: "InputContainer") -> "VideoStream":
         raise VideoError(f"{path} holds no video but a cover")
     known = [film for film in films if film.codec_context and film.width and film.height]
     if not known:
-        raise VideoError(f"{path} holds no readable video: its codec or picture size is unknown")
+        raise VideoError(f"{path} holds no readable video: its codec or picture size is unknown. {CURE}")
     if all(film.codec_context.name in TEXT_CODECS for film in known):
         raise VideoError(f"{path} holds text, no video")
     stills = _stills(path, known) if len(known) > 1 else set()
