@@ -10,6 +10,7 @@ import click
 
 from nbp_bench.engines import DEFAULT_DTYPE, DEFAULT_ENGINES, DEFAULT_STEPS
 from nbp_bench.engines import engines as table_of_engines
+from nbp_engines.sampling import LEAST_TEMPERATURE
 from nbp_engines.spec import BYTES
 from nbp_errors import UsageError
 from nbp_export._commands import Commands, RuntimeName, runtime_help
@@ -20,6 +21,9 @@ MOST_THREADS = 1024
 
 if TYPE_CHECKING:
     from nbp_bench.plan import Plan, Subject
+
+
+GREEDY_HELP = f"Greedy if 0, or below {LEAST_TEMPERATURE:g}."
 
 
 class BenchCommands(Commands):
@@ -240,7 +244,9 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Of the sampling noise.")
 @click.option("--grid", type=click.IntRange(1, 400), help="Clips of as many seeds in one picture, beside the truth.")
 @click.option("--scale", type=click.IntRange(1, 64), help="Enlarge pixels.  [default: to at least 256 rows]")
-@click.option("--temperature", type=click.FloatRange(0), callback=_number, help="0 is greedy.  [default: the bundle's]")
+@click.option(
+    "--temperature", type=click.FloatRange(0), callback=_number, help=f"{GREEDY_HELP}  [default: the bundle's]"
+)
 @click.option("--top-k", type=click.IntRange(1), help="[default: the bundle's]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_number, help="[default: the bundle's]")
 @click.option("--threads", type=click.IntRange(1), help="Threads inside an operator.  [default: the runtime's own]")
@@ -252,7 +258,7 @@ def generate(temperature: float | None, top_k: int | None, top_p: float | None, 
     """
     from nbp_export._extras import need
 
-    need("bench", "av", "rich")
+    need("bench", "av", "PIL", "rich")
     from rich.console import Console
 
     from nbp_bench.generate import Order

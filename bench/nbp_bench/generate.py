@@ -109,13 +109,17 @@ def generate(console: "Console", order: Order) -> str:
         if "decode" not in bundle.manifest.graphs:
             raise UsageError(f"{bundle.path} has no decode graph: export it with --tokenizer FILE")
         condition = _from_class(order, bundle) if spec.hybrid else _from_video(order, spec)
-        console.print(condition.told, soft_wrap=True)
+        scale = order.scale or -(-LEAST_HEIGHT // spec.video[1])
+        truth = bool(order.grid) and len(condition.filmed) == spec.video[0]
+        edges = [n * scale + 2 * video.BORDER for n in spec.video[1:]]
+        video.check_size(order.out, (order.grid or 1) + truth, spec.video[0], *edges)
+        for line in (condition.told, *_warnings(order, bundle, condition.rate)):
+            console.print(line, soft_wrap=True)
         made = _make(console, order, bundle, condition)
         predicted = [video.to_uint8(one) for clip in made for one in clip.video][: order.grid or 1]
         given = condition.filmed[: spec.condition_frames]
-        scale = order.scale or -(-LEAST_HEIGHT // spec.video[1])
         tiles = [video.framed(np.concatenate([given, frames]), len(given), scale) for frames in predicted]
-        if order.grid and len(condition.filmed) == spec.video[0]:
+        if truth:
             tiles.insert(0, video.framed(condition.filmed, len(condition.filmed), scale))
         video.write(partial, tiles, condition.rate)
     seconds = sum(clip.timeline.total_ns for clip in made) / 1e9
@@ -126,6 +130,20 @@ def generate(console: "Console", order: Order) -> str:
         f"{order.out}: {before}{total // len(predicted)} predicted (orange){each}, "
         f"made in {seconds:.2f} s: {total / seconds:.2f} frames/s"
     )
+
+
+def _warnings(order: Order, bundle: Bundle, rate: Fraction) -> Iterator[str]:
+    """What is to be known of the clip before it is made."""
+    if not bundle.manifest.model["trained"]:
+        note = bundle.manifest.provenance["note"]
+        yield f"{bundle.path} holds weights that were not trained for its blocks: expect noise ({note})"
+    written = video.settled_rate(order.out, rate)
+    if written != rate:
+        speed = f"{float(rate / written):.3g} times slower" if rate > written else "faster"
+        yield (
+            f"{order.out.name}: a .gif cannot play at {_fps(rate)} everywhere, so it is written at {_fps(written)}, "
+            f"{speed}: for the right speed choose --rate {float(written):.3g} or a .mp4"
+        )
 
 
 def _make(console: "Console", order: Order, bundle: Bundle, condition: _Condition) -> list[Clip]:
@@ -162,11 +180,14 @@ def _from_video(order: Order, spec: SystemSpec) -> _Condition:
     frames, side, _ = spec.video
     footage = clips.footage(order.video, side, frames, order.start, order.rate)
     count, needed = len(footage.frames), spec.condition_frames
+    if count == 1 and not footage.start and not footage.faults:
+        raise UsageError(f"{order.video} holds a single picture, the model is given {needed} frames: take a video")
     if count < needed:
+        whole = "".join(f", {fault}" for fault in footage.faults)
         raise UsageError(
-            f"{order.video} has {count} frames from {footage.start:.1f} s on at {_fps(footage.rate)}, the model is "
-            f"given {needed}, {float(needed / footage.rate):.2f} s: take a longer video, an earlier --start or a "
-            "higher --rate"
+            f"{order.video} has {count} {'whole ' * bool(whole)}frames from {footage.start:.1f} s on at "
+            f"{_fps(footage.rate)}{whole}, the model is given {needed}, {float(needed / footage.rate):.2f} s: take a "
+            f"longer video, {'another' if whole else 'an earlier'} --start or a higher --rate"
         )
     return _Condition(_tell(footage, order.video, side, needed), footage.rate, clips.centre(footage.frames, side))
 
@@ -175,15 +196,19 @@ def _tell(footage: Footage, path: Path, side: int, given: int) -> str:
     """What was filmed, and what became of it."""
     height, width = footage.frames.shape[2:]
     lasts = f", {footage.seconds:.1f} s" if footage.seconds else ""
-    done = [f"turned by {abs(footage.turned)}°"] if footage.turned else []
+    track = f"{footage.track}, " if footage.track else ""
+    pixels = "" if footage.pixel == 1 else f" of {footage.pixel.numerator}:{footage.pixel.denominator} pixels"
+    done = [str(footage.orientation)] if any(footage.orientation) else []
     if footage.resampled:
         done.append(f"resampled to a constant {_fps(footage.rate)}")
     if (width, height) != footage.size:
-        done.append(f"{'enlarged' if height > footage.size[1] else 'scaled'} to {width}x{height}")
+        square = " of square pixels" if pixels else ""
+        done.append(f"{'enlarged' if height > footage.size[1] else 'scaled'} to {width}x{height}{square}")
     if (width, height) != (side, side):
         done.append(f"centre {side}x{side} kept")
     done.append(f"frames 0-{given - 1} given from {footage.start:.1f} s")
-    return f"{path.name}: {'x'.join(map(str, footage.size))} at {_fps(footage.filmed_rate)}{lasts}; {', '.join(done)}"
+    size = f"{'x'.join(map(str, footage.size))}{pixels}"
+    return f"{path.name}: {track}{size} at {_fps(footage.filmed_rate)}{lasts}; {', '.join([*footage.faults, *done])}"
 
 
 def _fps(rate: Fraction) -> str:

@@ -7,8 +7,10 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from nbp_engines.spec import SystemSpec
 from nbp_errors import UsageError
 from nbp_reference import clips
+from nbp_reference.errors import VideoError
 
 # Told apart by any eye: Okabe and Ito's blue and orange.
 FILMED = (0, 114, 178)
@@ -23,27 +26,62 @@ PREDICTED = (230, 159, 0)
 BORDER = 4  # pixels
 GAP = 4
 
+# A .gif counts hundredths of a second in 16 bits, and browsers show for a tenth what is to be seen for less than two.
+FASTEST_GIF, SLOWEST_GIF = Fraction(50), Fraction(100, 2**16 - 1)
+WIDEST = {".mp4": 2**14, ".gif": 2**16 - 1}  # pixels: of H.264's encoders, and of the format
+MOST_BYTES = 2**32  # of all pictures in memory
+
 
 def windows(spec: SystemSpec, video: Path | None, count: int) -> tuple[list[np.ndarray], str]:
-    """Up to `count` windows, uint8 [F,3,H,W], spread over a video, and the video's name.
+    """Up to `count` windows, uint8 [F,3,H,W], spread over a video, and the video's name with what is wrong with it.
 
     Each begins with the frames that are given; what follows them is the truth, as far as the video goes. A named file
-    is used whole; of the bundled clip, the part that no training has seen.
+    is used whole; of the bundled clip, the part that no training has seen. Only the windows are decoded, and only once
+    however often they are asked for: they are not to be written to.
 
-    Raises UsageError for a video with too few frames, VideoError for one that cannot be read.
+    Raises UsageError for a video with too few whole frames, VideoError for one that cannot be read.
     """
-    frames, height, _ = spec.video
     path = video or clips.find(clips.DEFAULT_CLIP)
-    part = clips.centre(clips.read(path, height), height)
+    frames, side, _ = spec.video
+    with suppress(OSError):  # reading it says why
+        changed = path.stat().st_mtime_ns, path.stat().st_size
+        return _windows(path, changed, video is None, frames, spec.condition_frames, side, count)
+    return _windows(path, (), video is None, frames, spec.condition_frames, side, count)
+
+
+@lru_cache(maxsize=4)
+def _windows(
+    path: Path,
+    changed: tuple[int, ...],  # noqa: ARG001  it tells a file from what was there before
+    bundled: bool,
+    frames: int,
+    needed: int,
+    side: int,
+    count: int,
+) -> tuple[list[np.ndarray], str]:
+    times = np.array(clips.times(path))
     name = path.name
-    if not video:
-        part = clips.split(part)[1]
+    if bundled:
+        times = clips.split(times)[1]
         name = f"{path.name} of {clips.CLIPS[clips.DEFAULT_CLIP].package}, held-out part"
-    if len(part) < spec.condition_frames:
-        raise UsageError(f"{path} has {len(part)} frames, the model is given {spec.condition_frames}")
-    length = min(frames, len(part))
-    stride = max(1, (len(part) - length) // max(1, count - 1))
-    return clips.windows(part, length, stride)[:count], name
+    length = min(frames, len(times))
+    stride = max(1, (len(times) - length) // max(1, count - 1))
+    found: dict[float, np.ndarray] = {}
+    faults: dict[str, None] = {}
+    refusals: list[str] = []
+    for window in clips.windows(times, length, stride)[:count] if length >= needed else ():
+        try:
+            footage = clips.footage(path, side, length, window[0])
+        except VideoError as error:  # nothing is whole from there on
+            refusals.append(error.message)
+            continue
+        faults.update(dict.fromkeys(footage.faults))
+        if len(footage.frames) >= needed:
+            found[footage.start] = np.ascontiguousarray(clips.centre(footage.frames, side))  # lets the rest go
+    if not found:
+        told = "".join(f"; {fault}" for fault in faults or refusals[:1])
+        raise UsageError(f"{path} has {len(times)} frames, the model is given {needed}{told}")
+    return list(found.values()), "; ".join([name, *faults])
 
 
 def to_float(window: np.ndarray) -> np.ndarray:
@@ -106,43 +144,20 @@ def _write_mp4(path: Path, tiles: Sequence[np.ndarray], rate: Fraction) -> None:
 
 
 def _write_gif(path: Path, tiles: Sequence[np.ndarray], rate: Fraction) -> None:
-    import av
+    from PIL import Image
 
-    pictures = _square(tiles)
-    height, width = pictures.shape[1:3]
-    graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / rate)
-    split, palette, use, sink = (graph.add(n) for n in ("split", "palettegen", "paletteuse", "buffersink"))
-    source.link_to(split)
-    split.link_to(palette, 0)
-    split.link_to(use, 1, 0)
-    palette.link_to(use, 0, 1)
-    use.link_to(sink)
-    graph.configure()
-    for i, picture in enumerate(pictures):
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        frame.pts, frame.time_base = i, 1 / rate
-        graph.vpush(frame)
-    graph.vpush(None)
-    with av.open(str(path), "w", format="gif") as container:
-        stream = container.add_stream("gif", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
-        for _ in pictures:
-            container.mux(stream.encode(graph.vpull()))
-        container.mux(stream.encode())
+    first, *others = (Image.fromarray(picture).quantize() for picture in _square(tiles))
+    ends = [10 * round(100 * (place + 1) / rate) for place in range(len(others) + 1)]  # no delay drifts
+    delays = [end - begin for begin, end in pairwise([0, *ends])]
+    first.save(path, "GIF", save_all=True, append_images=others, duration=delays, loop=0)
 
 
 def _write_png(path: Path, tiles: Sequence[np.ndarray], _: Fraction) -> None:
-    import av
+    from PIL import Image
 
     one_by_one = [frame[None] for tile in tiles for frame in tile]
     (picture,) = _grid(one_by_one, len(tiles[0]))
-    codec = av.CodecContext.create("png", "w")
-    assert isinstance(codec, av.VideoCodecContext)
-    codec.height, codec.width = picture.shape[:2]
-    codec.pix_fmt, codec.time_base = "rgb24", Fraction(1)
-    packets = [*codec.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")), *codec.encode(None)]
-    path.write_bytes(b"".join(map(bytes, packets)))
+    Image.fromarray(picture).save(path, "PNG")
 
 
 WRITERS: dict[str, Callable[[Path, Sequence[np.ndarray], Fraction], None]] = {
@@ -152,20 +167,40 @@ WRITERS: dict[str, Callable[[Path, Sequence[np.ndarray], Fraction], None]] = {
 }
 
 
+def settled_rate(path: Path, rate: Fraction) -> Fraction:
+    """The rate nearest to `rate`, frames a second, at which a file of this suffix plays."""
+    return min(max(rate, SLOWEST_GIF), FASTEST_GIF) if path.suffix.lower() == ".gif" else rate
+
+
+def check_size(path: Path, tiles: int, frames: int, height: int, width: int) -> None:
+    """Raise UsageError if so many clips of framed pictures are too large for a file of this suffix, or for memory."""
+    suffix = path.suffix.lower()
+    columns = frames if suffix == ".png" else math.ceil(math.sqrt(tiles))
+    rows = tiles if suffix == ".png" else math.ceil(tiles / columns)
+    whole = [n * (edge + GAP) - GAP for n, edge in ((columns, width), (rows, height))]
+    largest = WIDEST.get(suffix, 2**31 - 1)
+    if max(whole) > largest or 3 * frames * tiles * height * width > MOST_BYTES:
+        raise UsageError(
+            f"{path} would be {whole[0]}x{whole[1]} pixels large, which is more than can be written: take a smaller "
+            "--scale or --grid"
+        )
+
+
 def write(path: Path, tiles: Sequence[np.ndarray], rate: Fraction) -> None:
     """Write pictures [F,H,W,3] of equal shape side by side, at `rate` frames a second: a video, or by suffix another.
 
-    A `.gif` repeats itself; a `.png` has a row for each of the tiles and a column for each frame.
+    A `.gif` repeats itself, at `settled_rate`; a `.png` has a row for each of the tiles and a column for each frame.
 
-    Raises UsageError if PyAV cannot write them.
+    Raises UsageError if PyAV or Pillow cannot write them.
     """
     import av
 
     try:
-        WRITERS[path.suffix.lower()](path, tiles, rate)
-    except av.FFmpegError as error:
+        WRITERS[path.suffix.lower()](path, tiles, settled_rate(path, rate))
+    except (av.FFmpegError, OSError, ValueError) as error:
         height, width = tiles[0].shape[1:3]
-        raise UsageError(f"{len(tiles)} pictures of {width}x{height} in a {path.suffix}: {error.strerror}") from error
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"{len(tiles)} pictures of {width}x{height} in a {path.suffix}: {why}") from error
 
 
 @contextmanager

@@ -7,14 +7,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nbp_errors import UsageError
+
+# Below it, dividing by the temperature would end in infinities, and no other token than the likeliest is ever drawn.
+LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """The paper's settings. Temperature 0 means greedy, the first of the largest logits."""
+    """The paper's settings. Temperature 0 means greedy, the first of the largest logits.
+
+    A temperature below LEAST_TEMPERATURE becomes 0.
+
+    Raises UsageError for a setting that means nothing.
+    """
 
     temperature: float = 1.0
     top_k: int = 16_000
     top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and self.top_k >= 1 and 0 < self.top_p <= 1):
+            raise UsageError(f"{self}: temperature must be at least 0, top_k at least 1, top_p above 0 and up to 1")
+        if self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 # Probabilities worked on at once: 256 rows of 64,000 would touch a gigabyte of fresh memory.

@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from nbp_reference.errors import VideoError
+from nbp_reference.film import Film, Orientation, opened, orientation
 
 if TYPE_CHECKING:
     from av import VideoFrame
-    from av.container import InputContainer
-    from av.video.stream import VideoStream
 
 TRAIN_SHARE = 0.65  # of the frames, from the start
 GAP = 17  # frames between the parts: one whole clip, so that nothing straddles
-SEEK_MARGIN = 10.0  # seconds: program streams land behind the time that was asked for, by a group of pictures or so
-UNKNOWN_RATE = Fraction(25)
 
 
 class Clip(NamedTuple):
@@ -75,27 +72,33 @@ class Footage(NamedTuple):
 
     Attributes:
         frames: uint8 [F,3,H,W], upright.
-        size: width and height before scaling.
+        size: width and height before scaling, upright.
+        pixel: width over height of a pixel before scaling, upright; what is not 1 was made square.
         filmed_rate: frames a second in the file; where that varies, the mean over the frames that were read.
         rate: frames a second of `frames`.
         resampled: whether frames were left out or repeated to keep that rate.
-        turned: degrees, counterclockwise, that stored frames were turned by to stand upright.
+        orientation: what made stored frames upright.
         start: where in the file the first frame is, in seconds.
         seconds: how long the file is; None where it does not say.
+        track: which of several video tracks this is, in words; empty for the only one.
+        faults: what of this part could not be shown, in words.
     """
 
     frames: np.ndarray
     size: tuple[int, int]
+    pixel: Fraction
     filmed_rate: Fraction
     rate: Fraction
     resampled: bool
-    turned: int
+    orientation: Orientation
     start: float
     seconds: float | None
+    track: str = ""
+    faults: tuple[str, ...] = ()
 
 
 def read(path: Path, side: int) -> np.ndarray:
-    """All frames of a video as they are stored, the shorter side scaled to `side` pixels: uint8 [F,3,H,W].
+    """All whole frames of a video, the shorter side scaled to `side` pixels: uint8 [F,3,H,W].
 
     Raises VideoError as `footage` does.
     """
@@ -108,87 +111,60 @@ def footage(
     """Decode a video from `start` seconds on, all of it or `count` frames, its shorter side scaled to `side` pixels.
 
     Resampled if `rate`, frames a second, is another than the file's, or if `count` frames of it are uneven in time.
+    Damaged frames are left out.
 
-    Raises VideoError if PyAV is missing or cannot read the file, or if it holds no frames there.
+    Raises VideoError if PyAV is missing or cannot read the file, or if it holds no whole frame there.
     """
-    try:
-        import av
-    except ModuleNotFoundError:
-        raise VideoError("reading video needs PyAV: pip install av") from None
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} holds no video")
-            stream = container.streams.video[0]
-            if not (stream.codec_context and stream.width and stream.height):
-                raise VideoError(f"{path} holds no readable video: its codec or picture size is unknown")
-            seconds = _seconds(container, stream)
-            scale = side / min(stream.width, stream.height)
-            width, height = (max(side, round(n * scale)) for n in (stream.width, stream.height))
-            frames = _decoded(container, stream, start)
-            head = list(islice(frames, count or 1))
-            if not head:
-                where = f" from {start:g} s on" if start else ""
-                lasts = f": it lasts {seconds:.1f} s" if seconds else ""
-                raise VideoError(f"{path} holds no video frames{where}{lasts}")
-            begin, turned = _time(head[0]), round(head[0].rotation / 90) * 90
-            filmed_rate, even = _pace([_time(frame) for frame in head], _declared_rate(stream))
-            frames = chain(head, frames)
-            if resampled := not even or rate not in (None, filmed_rate):
-                frames = _resampled(frames, stream, filmed_rate, rate or filmed_rate)
-            images = [
-                np.rot90(frame.reformat(width, height, format="rgb24", interpolation="AREA").to_ndarray(), turned // 90)
-                for frame in islice(frames, count)
-            ]
-    except av.FFmpegError as error:
-        raise VideoError(f"{path} holds no readable video: {error.strerror}") from error
-    return Footage(
-        np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)),
-        (stream.height, stream.width) if turned % 180 else (stream.width, stream.height),
-        filmed_rate,
-        rate or filmed_rate,
-        resampled,
-        turned,
-        float(begin),
-        seconds,
-    )
+    with opened(path) as film:
+        stored, pixel = film.size, film.pixel
+        wide = stored[0] * pixel  # in units of a pixel's height
+        scale = side / min(wide, Fraction(stored[1]))
+        width, height = (max(side, round(n * scale)) for n in (wide, stored[1]))
+        frames = film.frames(start)
+        head = list(islice(frames, count or 1))
+        if not head:
+            where = f" from {start:g} s on" if start else ""
+            lasts = f": it lasts {film.seconds:.1f} s" if film.seconds else ""
+            why = f"; {', '.join(film.faults(start))}: {film.reasons[0]}" if film.reasons else ""
+            raise VideoError(f"{path} holds no video frames{where}{lasts}{why}")
+        begin, upright = _time(head[0]), orientation(head[0])
+        filmed_rate, even = _pace([_time(frame) for frame in head], film.rate)
+        frames = chain(head, frames)
+        if resampled := not even or rate not in (None, filmed_rate):
+            frames = _resampled(frames, film, filmed_rate, rate or filmed_rate)
+        images = [
+            upright.upright(frame.reformat(width, height, format="rgb24", interpolation="AREA").to_ndarray())
+            for frame in islice(frames, count)
+        ]
+        return Footage(
+            np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)),
+            upright.swapped(*stored),
+            1 / pixel if upright.turned % 180 else pixel,
+            filmed_rate,
+            rate or filmed_rate,
+            resampled,
+            upright,
+            float(begin),
+            film.seconds,
+            film.track,
+            film.faults(start),
+        )
 
 
-def _declared_rate(stream: "VideoStream") -> Fraction:
-    return stream.average_rate or stream.guessed_rate or UNKNOWN_RATE
+def times(path: Path) -> list[float]:
+    """When each frame of a video is shown, in seconds from its beginning; nothing is decoded.
 
-
-def _tick(stream: "VideoStream") -> Fraction:
-    return stream.time_base or Fraction(1, 90_000)
-
-
-def _seconds(container: "InputContainer", stream: "VideoStream") -> float | None:
-    if stream.duration is not None:
-        return float(stream.duration * _tick(stream))
-    return container.duration / 1e6 if container.duration else None
+    Raises VideoError as `footage` does.
+    """
+    with opened(path) as film:
+        return [float(time) for time in film.times()]
 
 
 def _time(frame: "VideoFrame") -> Fraction:
-    """Seconds since the stream began."""
-    assert frame.pts is not None  # `_decoded` sets both
+    """Seconds since the film began."""
+    assert frame.pts is not None  # `Film.frames` sets both
     assert frame.time_base is not None
     return frame.pts * frame.time_base
-
-
-def _decoded(container: "InputContainer", stream: "VideoStream", start: float) -> "Iterator[VideoFrame]":
-    """The frames from `start` seconds on, timed from the stream's beginning."""
-    from av import FFmpegError
-
-    tick, origin = _tick(stream), stream.start_time or 0
-    if start > SEEK_MARGIN and stream.start_time is not None:
-        with suppress(FFmpegError):  # what cannot be sought in is decoded from its beginning
-            container.seek(origin + int((start - SEEK_MARGIN) / tick), stream=stream)
-    for index, frame in enumerate(container.decode(stream)):
-        # A raw stream has no clock but its rate.
-        frame.pts = round(index / _declared_rate(stream) / tick) if frame.pts is None else frame.pts - origin
-        frame.time_base = tick
-        if (frame.pts + 0.5) * tick >= start:
-            yield frame
 
 
 def _pace(times: Sequence[Fraction], declared: Fraction) -> tuple[Fraction, bool]:
@@ -205,7 +181,7 @@ def _pace(times: Sequence[Fraction], declared: Fraction) -> tuple[Fraction, bool
 
 
 def _resampled(
-    frames: "Iterator[VideoFrame]", stream: "VideoStream", filmed_rate: Fraction, rate: Fraction
+    frames: "Iterator[VideoFrame]", film: Film, filmed_rate: Fraction, rate: Fraction
 ) -> "Iterator[VideoFrame]":
     """Frames at a constant rate from the first one's time on: what a viewer sees at each moment.
 
@@ -214,14 +190,14 @@ def _resampled(
     import av
 
     graph = av.filter.Graph()
-    source = graph.add_buffer(template=stream, time_base=_tick(stream))
+    source = graph.add_buffer(template=film.stream, time_base=film.tick)
     graph.link_nodes(source, graph.add("fps", f"fps={rate}:round=up"), graph.add("buffersink")).configure()
     begin = None
     for frame in chain(frames, [None]):
         if frame is not None:
             begin = _time(frame) if begin is None else begin
             early = _time(frame) - begin - 1 / (4 * filmed_rate)
-            frame.pts = max(0, round(early / _tick(stream)))
+            frame.pts = max(0, round(early / film.tick))
         graph.vpush(frame)
         with suppress(av.BlockingIOError, av.EOFError):  # nothing yet, or nothing more
             while True:

@@ -31,6 +31,7 @@ from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 from tests.export.support import TOKENIZER, source
 from tests.reference.test_clips import film
+from tests.reference.test_film import damage
 from tests.support import filled
 
 EDGE = 16 + 2 * video.BORDER  # of a tile of the small model's pictures
@@ -230,6 +231,71 @@ def test_a_video_filmed_upright_on_a_phone(bundles: Bundles, tmp_path: Path) -> 
     assert "32x48 at 10 fps, 2.0 s; turned by 90°, scaled to 16x24" in result.stderr
 
 
+def test_pixels_that_are_not_square(bundles: Bundles, tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "in.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 72, 58, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(64, 45)
+        for frame in [*[av.VideoFrame.from_ndarray(np.zeros((58, 72, 3), np.uint8))] * 17, None]:
+            container.mux(stream.encode(frame))
+    result = made("--bundle", bundles(), "--video", tmp_path / "in.mp4", "--out", tmp_path / "out.png")
+    assert "in.mp4: 72x58 of 64:45 pixels at 25 fps, 0.7 s; scaled to 28x16 of square pixels, centre" in result.stderr
+
+
+def test_what_is_damaged_is_left_out_and_told(bundles: Bundles, tmp_path: Path) -> None:
+    source = damage(film(tmp_path / "in.avi", codec="mjpeg"), 3)
+    result = made("--bundle", bundles(), "--video", source, "--out", tmp_path / "out.png", "--scale", 1)
+    assert "in.avi: 32x24 at 10 fps, 2.0 s; 1 damaged frame left out at 0.30 s, scaled to" in result.stderr
+    worse = damage(film(tmp_path / "worse.avi", codec="mjpeg"), *range(3, 20))
+    assert (
+        "worse.avi has 3 whole frames from 0.0 s on at 10 fps, 17 damaged frames left out from 0.30 to 1.90 s, "
+        "the model is given 5, 0.50 s: take a longer video, another --start"
+    ) in refused(2, "--bundle", bundles(), "--video", worse, "--out", tmp_path / "worse.png")
+
+
+def test_the_rate_of_a_gif_is_settled_before_the_work(bundles: Bundles, tmp_path: Path) -> None:
+    rest = ("--bundle", bundles(), "--scale", 1)
+    for rate, told in [(240, "4.8 times slower"), (60, "1.2 times slower"), (50, ""), (25, "")]:
+        source, out = film(tmp_path / f"{rate}.mp4", rate=rate), tmp_path / f"{rate}.gif"
+        result = made(*rest, "--video", source, "--out", out)
+        assert ("so it is written at 50 fps" in result.stderr) == bool(told)
+        assert told in result.stderr
+        assert pictures(out)[1] == min(rate, 50)
+        assert "written at" not in made(*rest, "--video", source, "--out", tmp_path / f"{rate}.mkv.mp4").stderr
+    words = ("--bundle", bundles("words"), "--scale", 1, "--class", "left")
+    result = made(*words, "--rate", "0.001", "--out", tmp_path / "slow.gif")
+    assert "so it is written at 0.001526 fps, faster" in result.stderr
+
+
+def test_untrained_weights_are_told(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = ("--bundle", bundles(), "--scale", 1, "--video", film(tmp_path / "in.mp4"), "--out")
+    assert "expect noise" not in made(*rest, tmp_path / "a.png").stderr
+    pretend(monkeypatch, model=Bundle.open(bundles()).manifest.model | {"trained": False})
+    assert "holds weights that were not trained for its blocks: expect noise (a test's model)" in (
+        made(*rest, tmp_path / "b.png").stderr
+    )
+
+
+def test_too_small_a_temperature_is_greedy(bundles: Bundles, tmp_path: Path) -> None:
+    rest = ("--bundle", bundles(), "--scale", 1, "--video", film(tmp_path / "in.mp4"), "--temperature")
+    for value in ("0", "5e-324", "1e-310", "9e-7"):
+        made(*rest, value, "--out", tmp_path / f"{value}.png")
+        assert (tmp_path / f"{value}.png").read_bytes() == (tmp_path / "0.png").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.mp4", (64, 400)), ("a.gif", (64, 400)), ("a.png", (64, 400))])
+def test_what_is_too_large_to_be_written_is_not_made(
+    name: str, options: tuple[int, int], bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Generator, "predict", None)
+    scale, grid = options[0], min(options[1], 400)
+    rest = ("--bundle", bundles(), "--video", film(tmp_path / "in.mp4"), "--scale", scale, "--grid", grid)
+    assert "which is more than can be written: take a smaller --scale or --grid" in refused(
+        2, *rest, "--out", tmp_path / name
+    )
+
+
 def test_too_short_a_video_says_what_is_needed(bundles: Bundles, tmp_path: Path) -> None:
     rest = ("--bundle", bundles(), "--out", tmp_path / "out.mp4", "--video")
     needed = "the model is given 5, 0.50 s"
@@ -247,7 +313,9 @@ def test_what_is_no_video(bundles: Bundles, tmp_path: Path) -> None:
     (tmp_path / "in.mp4").write_bytes(b"junk" * 99)
     assert "in.mp4 holds no readable video: Invalid data" in refused(1, *rest, tmp_path / "in.mp4")
     made("--bundle", bundles(), "--video", film(tmp_path / "a.mp4"), "--out", tmp_path / "image.png", "--scale", 1)
-    assert "image.png has 1 frames from 0.0 s on" in refused(2, *rest, tmp_path / "image.png")
+    assert "image.png holds a single picture, the model is given 5" in refused(2, *rest, tmp_path / "image.png")
+    (tmp_path / "notes.txt").write_text("Once upon a time\n" * 400)
+    assert "notes.txt holds text, no video" in refused(1, *rest, tmp_path / "notes.txt")
 
 
 def test_a_file_that_is_there_stays_unless_forced(bundles: Bundles, tmp_path: Path) -> None:

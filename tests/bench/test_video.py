@@ -1,16 +1,23 @@
 """Pictures, side by side and marked, and the files that they are written to."""
 
+import tracemalloc
 from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from nbp_bench import video
+from nbp_engines.spec import SystemSpec
 from nbp_errors import UsageError
+from nbp_reference import clips
+from tests.reference.test_clips import film
+from tests.reference.test_film import damage
 
 RATE = Fraction(25)
 
@@ -56,6 +63,109 @@ def test_tiles_stand_nearly_square_with_a_gap(count: int, rows: int, columns: in
         top, left = place // columns * (10 + gap), place % columns * (12 + gap)
         expected = made[place] if place < count else np.full_like(made[0], 255)
         assert np.abs(found[:, top : top + 10, left : left + 12].astype(int) - expected).max() < 9
+
+
+def durations(path: Path) -> list[int]:
+    """Milliseconds that each picture of a GIF is shown."""
+    with Image.open(path) as image:
+        found = []
+        for place in range(getattr(image, "n_frames", 1)):
+            image.seek(place)
+            found.append(int(image.info["duration"]))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        ("25", [40] * 6),
+        ("30", [30, 40, 30, 30, 40, 30]),
+        ("40", [20, 30, 30, 20, 20, 30]),
+        ("50", [20] * 6),
+        ("60", [20] * 6),
+        ("1000", [20] * 6),
+        ("1/1000", [655350] * 6),
+    ],
+)
+def test_a_gif_keeps_time_as_far_as_browsers_do(rate: str, expected: list[int], tmp_path: Path) -> None:
+    video.write(tmp_path / "a.gif", tiles(1, frames=6), Fraction(rate))
+    assert durations(tmp_path / "a.gif") == expected
+    assert len(read(tmp_path / "a.gif")) == 6
+
+
+def test_a_gif_without_motion_lasts_as_long(tmp_path: Path) -> None:
+    video.write(tmp_path / "a.gif", [np.zeros((6, 9, 7, 3), np.uint8)], RATE)
+    assert sum(durations(tmp_path / "a.gif")) == 240
+
+
+class Spec(NamedTuple):
+    """What `windows` reads of a spec."""
+
+    video: tuple[int, int, int] = (17, 24, 24)
+    condition_frames: int = 5
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """How many frames each decoding was asked for."""
+    asked: list[int | None] = []
+    footage = clips.footage
+
+    def watched(path: Path, side: int, count: int | None = None, start: float = 0.0) -> clips.Footage:
+        asked.append(count)
+        return footage(path, side, count, start)
+
+    monkeypatch.setattr(clips, "footage", watched)
+    return asked
+
+
+@pytest.mark.parametrize(("frames", "count"), [(400, 7), (20, 7), (17, 3), (9, 2), (60, 1)])
+def test_only_the_windows_are_decoded_and_only_once(
+    frames: int, count: int, decoded: list[int | None], tmp_path: Path
+) -> None:
+    path = film(tmp_path / "a.mp4", frames)
+    whole = clips.centre(clips.read(path, 24), 24)
+    decoded.clear()
+    spec = cast("SystemSpec", Spec())
+    found, name = video.windows(spec, path, count)
+    assert name == "a.mp4"
+    length = min(17, frames)
+    expected = clips.windows(whole, length, max(1, (frames - length) // max(1, count - 1)))[:count]
+    assert np.array_equal(found, expected)
+    assert decoded == [length] * len(found)
+    again, _ = video.windows(spec, path, count)
+    assert again[0] is found[0]
+    assert len(decoded) == len(found)
+    film(path, frames + 1)
+    assert video.windows(spec, path, count)[0][0] is not found[0], "another file of that name is read anew"
+
+
+def test_windows_of_a_long_film_take_little_memory(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.mp4", 1500, size=(64, 24), codec="mpeg4")
+    tracemalloc.start()
+    found, _ = video.windows(cast("SystemSpec", Spec()), path, 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 3
+    assert peak < 1500 * 3 * 24 * 64 / 4
+
+
+def test_windows_of_a_damaged_film(tmp_path: Path) -> None:
+    spec = cast("SystemSpec", Spec())
+    path = damage(film(tmp_path / "a.avi", 60, codec="mjpeg"), 30, 31)
+    found, name = video.windows(spec, path, 7)
+    assert {len(window) for window in found} == {17}
+    assert name.startswith("a.avi; 2 damaged frames left out from 3.00 to 3.10 s")
+    damage(path, *range(20, 60))
+    found, name = video.windows(spec, path, 7)
+    assert 1 < len(found) < 7
+    short = r"a\.avi has 60 frames, the model is given 5; "
+    damage(path, *range(4, 60))
+    with pytest.raises(UsageError, match=short + r"56 damaged frames left out from 0\.40 to 5\.90 s"):
+        video.windows(spec, path, 7)
+    damage(path, *range(60))
+    with pytest.raises(UsageError, match=short + r".* holds no video frames: it lasts 6\.0 s; 60 damaged frames"):
+        video.windows(spec, path, 7)
 
 
 @pytest.mark.parametrize("codecs", [{"libx264", "mpeg4"}, {"mpeg4"}])

@@ -1,5 +1,7 @@
 """Drawing in numpy, against the same definition in PyTorch, which has its own tests."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbp_engines.sampling import GREEDY, Sampling, draw, nucleus, sample
+from nbp_errors import UsageError
 from nbp_reference import sampling as reference
 
 LAST = 1 - 2**-53  # the largest uniform that Philox's 53 bits can give
@@ -99,3 +102,28 @@ def test_the_logits_are_left_alone() -> None:
     before = logits.copy()
     sample(logits, np.array([0.2, 0.8]), Sampling(top_k=5))
     assert np.array_equal(logits, before)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-300, 9.9e-7, 0.0])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
+    rows = np.array([[-3.0, 5.0, 4.99, 5.0], [1e4, -1e4, 0.0, 1.0]], np.float32)
+    assert Sampling(temperature) == GREEDY
+    for uniform in (0.0, 0.5, LAST):
+        assert sample(rows, np.full(2, uniform), Sampling(temperature)).tolist() == [1, 0]
+
+
+@given(st.floats(1e-6, 1e300), st.floats(0, LAST))
+def test_every_other_temperature_draws_by_the_rule(temperature: float, uniform: float) -> None:
+    rows = np.array([[-6e4, 6e4, 5.9e4, 0.0]], np.float32)
+    probs = nucleus(rows, Sampling(temperature))
+    assert np.isfinite(probs).all()
+    assert probs.sum() > 0.89
+    assert 0 <= sample(rows, np.array([uniform]), Sampling(temperature))[0] < 4
+
+
+@pytest.mark.parametrize(
+    "changes", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}]
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="temperature must be at least 0"):
+        Sampling(**changes)

@@ -41,9 +41,12 @@ def film(
 ) -> Path:
     """A video of grey frames, ever lighter (see `brightness`), black in the lower left, at times in milliseconds."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options={"crf": "1"} if codec == "libx264" else {"qmax": "2"})
+        stream = container.add_stream(
+            codec, rate=rate, options={"crf": "1"} if codec == "libx264" else {"qmin": "2", "qmax": "2"}
+        )
         assert isinstance(stream, av.VideoStream)
-        (stream.width, stream.height), stream.pix_fmt, stream.gop_size = size, "yuv420p", 8
+        (stream.width, stream.height), stream.gop_size = size, 8
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         if times is not None:
             stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         if turned is not None:
@@ -83,17 +86,17 @@ def test_read_refuses_what_is_no_video(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     for content in (b"not a video" * 100, b"", film(tmp_path / "b.mp4").read_bytes()[:500]):
         path.write_bytes(content)
-        with pytest.raises(VideoError, match=r"a\.mp4 holds no readable video: Invalid data"):
+        with pytest.raises(VideoError, match=r"a\.mp4 holds no readable video: Invalid data.* fetch it again"):
             clips.read(path, side=24)
     with pytest.raises(VideoError, match="holds no readable video: Is a directory"):
         clips.read(tmp_path, side=24)
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.h264", "a.mpg"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.h264", "a.mpg", "a.avi"])
 @pytest.mark.parametrize("start", [0.0, 0.4, 14.0])
 def test_a_part_is_what_the_whole_has_there(name: str, start: float, tmp_path: Path) -> None:
-    mpeg1 = name.endswith("mpg")
-    path = film(tmp_path / name, frames=400, rate=25, codec="mpeg1video" if mpeg1 else "libx264")
+    codec = {".mpg": "mpeg1video", ".avi": "mpeg4"}.get(Path(name).suffix, "libx264")
+    path = film(tmp_path / name, frames=400, rate=25, codec=codec)
     whole = clips.read(path, side=24)
     assert len(whole) == 400
     part = clips.footage(path, 24, count=6, start=start)
@@ -112,9 +115,11 @@ def test_what_is_not_needed_is_not_decoded(tmp_path: Path) -> None:
     middle = slice(len(content) // 4, len(content) // 2)
     content[middle] = bytes(middle.stop - middle.start)
     path.write_bytes(content)
-    assert [np.array_equal(clips.footage(path, 24, 6, s).frames, i) for s, i in zip((0.0, 55.0), intact, strict=True)]
-    with pytest.raises(VideoError, match=r"a\.mp4 holds no readable video: Invalid data"):
-        clips.read(path, 24)
+    for start, expected in zip((0.0, 55.0), intact, strict=True):
+        found = clips.footage(path, 24, 6, start)
+        assert np.array_equal(found.frames, expected)
+        assert found.faults == ()
+    assert 12 < len(clips.read(path, 24)) < 500
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_a_declared_rate_that_is_not_kept_is_not_believed(tmp_path: Path) -> Non
 def test_frames_stand_upright(turned: int, tmp_path: Path) -> None:
     lying = clips.footage(film(tmp_path / "a.mp4"), 24, 5)
     found = clips.footage(film(tmp_path / "b.mp4", turned=turned), 24, 5)
-    assert abs(found.turned) == abs(turned)
+    assert found.orientation == (turned, False)
     assert found.size == ((24, 32) if turned % 180 else (32, 24))
     assert np.array_equal(found.frames, np.rot90(lying.frames, turned // 90, axes=(2, 3)))
 
@@ -198,7 +203,7 @@ def test_read_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_default_clip_is_real_video_from_an_installed_package() -> None:
     video = clips.read(clips.find(clips.DEFAULT_CLIP), side=36)
-    assert video.shape == (120, 3, 36, 44)
+    assert video.shape == (120, 3, 36, 48), "its pixels are 128:117"
     assert video.std() > 20
     steps = np.abs(np.diff(video.astype(float), axis=0)).mean((1, 2, 3))
     assert 0 < steps.max() < 30, "consecutive frames of one shot look alike"
