@@ -174,12 +174,17 @@ def far_device() -> Iterator[None]:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         for way in ("__enter__", "__exit__"):  # wrappers have no version counter, which views of them need there
             patch.setattr(torch.inference_mode, way, lambda *_: None)
-        patch.setattr(torch.cuda, "memory_allocated", lambda _=None: 0)
+        for name in ("memory_allocated", "max_memory_allocated"):
+            patch.setattr(torch.cuda, name, lambda _=None: 0)
+        for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
+            patch.setattr(torch.cuda, name, lambda _=None: None)
         patch.setattr(torch, "Generator", FarGenerator)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
         patch.setattr(fused_step, "_joined", joined)
         patch.setattr(attention_choice, "TRIALS", 1)
         patch.setattr(device, "spans", spans)
+        patch.setitem(device.COPIED_BYTES, "cuda", 2**20)
+        patch.setattr(device, "peak_bandwidth", lambda _: 3.35e12)
         patch.setattr(attention_choice, "spans", spans)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:

@@ -1,15 +1,18 @@
 """All that the process of a GPU's engines does, on tensors that refuse to mix with the CPU's: no GPU is needed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nbp_bench import cuda_graphs, measure
+from nbp_bench import cuda_graphs, measure, sweep
 from nbp_bench.engines import engines
 from nbp_bench.measure import Host
-from nbp_bench.plan import Case, Subject
+from nbp_bench.plan import Case, Plan, Subject
+from nbp_bench.sweep import Sweep
 from nbp_export import sources
 from nbp_export.request import Request
 from nbp_export.sources import Source, random_generator
@@ -17,6 +20,7 @@ from nbp_reference.config import TOKENIZERS, BlockShape, Latent, ModelConfig
 from nbp_reference.tokenizer import VideoTokenizer
 from tests.bench.far_device import Far, far_device
 from tests.bench.test_cuda_graphs import Rehearsed
+from tests.bench.test_failures import Here
 
 
 def small(request: Request) -> Source:
@@ -94,3 +98,46 @@ def test_sessions_of_other_blocks_share_the_weights(host: Host) -> None:
             assert found
             assert found.error <= found.allowed
             measure.close_case(host, one)
+
+
+def present(device: str) -> None:
+    """It runs here, whatever torch finds."""
+
+
+@pytest.mark.usefixtures("host")
+def test_a_run_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every engine of a GPU's run that needs no library of its own, and those that are refused, with every number."""
+    monkeypatch.setattr(sweep, "Worker", Here)
+    monkeypatch.setattr(Here, "log", [], raising=False)
+    monkeypatch.setattr(Here, "trouble", staticmethod(lambda *_: None), raising=False)
+    chosen = [replace(engines()[name], absence=present) for name in ("eager", "cudagraph")]
+    subjects = [case("eager", "bf16", block).subject for block in ("4", "16")]
+    plan = Plan(
+        subjects,
+        [*chosen, engines()["compiled"], engines()["tensorrt"]],
+        tmp_path,
+        ("bf16", "fp16"),
+        device="cuda",
+        clips=1,
+        steps=2,
+        minutes=10,
+    )
+    with Sweep(plan, lambda *_, **__: None) as whole:
+        rows = [m.record for group in whole.run() for m in group]
+    assert [(r.dtype, r.engine, r.block_size) for r in rows if not r.not_measured] == [
+        (dtype, engine, size) for dtype in ("bf16", "fp16") for size in (4, 16) for engine in ("eager", "cudagraph")
+    ]
+    for row in rows:
+        if row.not_measured:
+            assert row.engine in ("compiled", "tensorrt")
+            continue
+        assert not row.failed
+        assert row.parity_error
+        assert row.total_ns
+        assert row.loop_ns
+        assert row.first_frame_ns
+        assert len(row.device_step_ns) == len(row.device_pass_ns) == (2 if row.steps > 1 else 0)
+        assert row.copy_bandwidth
+        assert row.peak_device_bytes
+        assert not [note for note in row.notes if "failed" in note or "not measured" in note]
+    assert [name for name, _, _ in Here.log].count("identify") == len(subjects)
