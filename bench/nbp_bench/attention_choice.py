@@ -4,6 +4,7 @@ Torch's own choice is not used: since 2.11 it is cuDNN's kernel on a Hopper GPU,
 that the other kernels accept.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -50,7 +51,8 @@ def fastest_attention(prepare: Callable[[], Step], device: torch.device) -> Atte
     notes = []
     for kind in MASKED_ATTENTION:
         try:
-            with sdpa_kernel(kind):
+            with sdpa_kernel(kind), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # in them torch tells why it has no such kernel, before it raises
                 step = prepare()
                 times = spans(device, lambda _, step=step: step(), TRIALS)  # type: ignore[misc]
         except RuntimeError as error:

@@ -233,7 +233,10 @@ class Sweep(AbstractContextManager["Sweep"]):
 
     def _beside(self, one: Measurement, what: str, work: Callable[[], object]) -> None:
         """What a row can do without: where it fails, the row says so, and its clips are still made."""
+        left = self._left()
         try:
+            if left is not None and left < LEAST_CALL:
+                raise WorkerError("the time was up")
             work()
         except WorkerError as error:
             one.troubles.append(f"{what} failed: {' '.join(error.message.split())}")

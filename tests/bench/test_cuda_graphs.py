@@ -1,5 +1,6 @@
 """CUDA graphs rehearsed on a CPU: what is captured when, with which attention, and what a refusal leads to."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -179,6 +180,17 @@ def test_the_fastest_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.note == (
         "CUDNN_ATTENTION attention: EFFICIENT_ATTENTION 2.000 ms, CUDNN_ATTENTION 1.000 ms, MATH 3.000 ms"
     )
+
+
+def test_what_torch_warns_of_is_no_reason_to_stop() -> None:
+    def prepare() -> Callable[[], None]:
+        warnings.warn("cuDNN attention kernel not used because:", stacklevel=1)
+        raise RuntimeError("No available kernel")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(EngineError, match="MATH RuntimeError: No available kernel"):
+            fastest_attention(prepare, CPU)
 
 
 def test_an_attention_kernel_is_refused_only_while_cuda_works(monkeypatch: pytest.MonkeyPatch) -> None:

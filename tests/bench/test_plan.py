@@ -26,6 +26,18 @@ def plan(*names: str, minutes: float | None = None, device: str | None = "cuda")
     )
 
 
+def test_what_torch_compile_needs_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("nbp_bench.engines.find_spec", lambda name: name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    absence = ENGINES["compiled"].absence
+    assert "C compiler" in (absence("cuda") or "")
+    assert absence("cpu") is None
+    compiler = tmp_path / "clang"
+    compiler.touch(mode=0o755)
+    assert "C compiler" not in (absence("cuda") or "")
+
+
 def test_without_a_time_limit_all_engines_of_a_model_take_turns() -> None:
     groups = [[str(case) for case in group] for group in plan("eager", "compiled", "tensorrt").groups()]
     assert groups[0] == ["16 bf16 eager", "16 bf16 compiled", "16 bf16 tensorrt"]

@@ -1,5 +1,6 @@
 """What only a GPU can show: `make gpu` runs these after it has measured."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,15 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from nbp_bench import measure
 from nbp_bench.cuda_graphs import CudaGraphSession
+from nbp_bench.engines import engines
 from nbp_bench.golden import folder, golden_model
+from nbp_bench.measure import Host
+from nbp_bench.plan import Case, Subject
 from nbp_bench.torch_sessions import DeviceLogits, EagerSession, NaiveSession
+from nbp_bench.worker import Worker, WorkerError
 from nbp_engines import sampling
 from nbp_engines.generator import Generator
 from nbp_engines.noise import uniforms
 from nbp_engines.sampling import GREEDY, Sampling
 from nbp_export.graphs import TORCH_DTYPES, system_spec
 from nbp_export.parity import compare
+from nbp_export.request import Request
 from nbp_reference.config import MODELS, TINY, TOKENIZERS, ModelConfig
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
@@ -131,3 +138,50 @@ def test_the_kernel_draws_as_numpy_does(dtype: str, settings: Sampling) -> None:
             noise, logits = rng.random((2, 16)), DeviceLogits(on_device)
             due = sampling.sample(np.asarray(logits), noise, settings)
             np.testing.assert_array_equal(session.sample(logits, noise, settings), due)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [("eager", "fp32"), ("cudagraph", "fp32"), ("cudagraph", "fp16"), ("cudagraph", "bf16"), ("compiled", "bf16")],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_bundled_model_passes_every_check(engine: str, dtype: str, batch: int) -> None:
+    """As the bench holds its engines against the reference, in fp32 too, whose tolerance is the strictest."""
+    case = Case(Subject(Request(block="16")), engines()[engine], dtype, batch, "cuda")
+    if why := case.refusal():
+        pytest.skip(why)
+    host = Host()
+    measure.open_case(host, case, None, None)
+    found = measure.parity(host, case, None)
+    host.close()
+    assert found
+    assert found.error <= found.allowed, found
+
+
+# What the process of an engine meets.
+
+
+def pid(host: Host) -> int:  # noqa: ARG001 - every call has a host
+    return os.getpid()
+
+
+def ask_for_too_much(host: Host) -> None:  # noqa: ARG001
+    torch.empty(2**50, device="cuda")
+
+
+def read_beyond_the_end(host: Host) -> None:  # noqa: ARG001
+    torch.zeros(2, device="cuda")[torch.tensor([5], device="cuda")].cpu()
+
+
+def test_a_process_is_replaced_only_when_cuda_has_failed_in_it() -> None:
+    worker = Worker()
+    try:
+        first = worker.call(pid)
+        with pytest.raises(WorkerError, match="OutOfMemoryError"):
+            worker.call(ask_for_too_much)
+        assert worker.call(pid) == first, "the models that it holds are worth keeping"
+        with pytest.raises(WorkerError, match="assert"):
+            worker.call(read_beyond_the_end)
+        assert worker.call(pid) != first
+    finally:
+        worker.close()

@@ -1,0 +1,193 @@
+"""A device that is not there: tensors that say they are on CUDA, hold their numbers on the CPU and do not mix with it.
+
+What CUDA refuses, these refuse: an operation on tensors of both kinds, and a way to numpy that does not pass `.cpu()`.
+Whole sessions run on them, so that a tensor on the wrong device shows on a machine without a GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nbp_bench import attention_choice, device, fused_step
+
+aten = torch.ops.aten
+CUDA = torch.device("cuda", 0)
+COPIES = (aten._to_copy.default, aten.copy_.default)  # between devices
+INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+
+
+class Far(Tensor):
+    """A tensor on CUDA as far as anybody can tell; `near` are its numbers."""
+
+    near: Tensor
+
+    @staticmethod
+    def __new__(cls: type["Far"], near: Tensor) -> "Far":
+        # Of the CPU for torch's own code, which guards the device of a tensor, and has no guard for CUDA here.
+        strides, offset = near.stride(), near.storage_offset()
+        far: Far = Tensor._make_wrapper_subclass(
+            cls, near.size(), strides, offset, dtype=near.dtype, device=near.device
+        )
+        far.near = near
+        return far
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where it says that it is."""
+        return CUDA
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        """Likewise."""
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Far":
+        copy = Far(self.near.clone())
+        copy._is_param = getattr(self, "_is_param", False)
+        memo[id(self)] = copy
+        return copy
+
+    def numpy(self, *, force: bool = False) -> np.ndarray:
+        """As CUDA's: only by way of the host."""
+        if not force:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        array: np.ndarray = self.detach().cpu().numpy()
+        return array
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Far({self.near})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return computed(function, args, kwargs or {})
+
+
+class _Factories(TorchDispatchMode):
+    """What has no tensor among its arguments is asked for a device by name."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return computed(function, args, kwargs or {})
+
+
+class _Moves(TorchFunctionMode):
+    """The ways from one device to the other."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if function is Tensor.cpu:
+            return moved(args[0], "cpu")
+        if function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Far):
+            where = named.pop("device", None)
+            made = function(*args, **named)
+            return made if where is None else moved(made, torch.device(where).type)
+        if function is Tensor.to and not any(isinstance(argument, Tensor) for argument in args[1:]):
+            to, dtype, _, layout = torch._C._nn._parse_to(*args[1:], **named)
+            kept = torch.preserve_format if layout is None else layout
+            return moved(args[0], to.type if to else None, dtype=dtype, memory_format=kept)
+        return function(*args, **named)
+
+
+def moved(tensor: Tensor, to: str | None, **how: Any) -> Tensor:
+    """The tensor on a device, its own if None; itself if nothing changes, else a copy."""
+    far = isinstance(tensor, Far)
+    near = tensor.near if isinstance(tensor, Far) else tensor
+    there = far if to is None else to == "cuda"
+    changed = near.to(**how)
+    if there == far and changed is near:
+        return tensor
+    changed = near.clone() if changed is near else changed
+    return Far(changed) if there else changed
+
+
+def computed(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The operation on the numbers, refused where it would mix the devices."""
+    tensors = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, Tensor)]
+    far = [tensor for tensor in tensors if isinstance(tensor, Far)]
+    where = named.get("device")
+    asked = None if where is None else torch.device(where).type
+    if far and function not in COPIES:
+        held = tensors if function not in INDEXED else [arguments[0], *arguments[2:3]]
+        if any(not isinstance(tensor, Far) and tensor.dim() for tensor in held if isinstance(tensor, Tensor)):
+            raise RuntimeError(f"{function}: expected all tensors to be on the same device, but found cuda:0 and cpu")
+    goes_far = asked == "cuda" or (isinstance(arguments[0], Far) if function in COPIES else bool(far))
+    originals = {id(tensor.near): tensor for tensor in far}
+
+    def near(value: Any) -> Any:
+        return value.near if isinstance(value, Far) else value
+
+    if asked:
+        named = {**named, "device": torch.device("cpu")}
+    result = function(*tree_map(near, arguments), **tree_map(near, named))
+
+    def wrapped(value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, Far) or not goes_far:
+            return value
+        return originals[id(value)] if id(value) in originals else Far(value)
+
+    return tree_map(wrapped, result)
+
+
+class FarGenerator(torch.Generator):
+    """A CPU's generator that says it is CUDA's."""
+
+    device = CUDA
+
+    def __new__(cls, device: object = None) -> Self:  # noqa: ARG004
+        return super().__new__(cls)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+) -> Tensor:  # the fused kernels are chosen by device, and those of CUDA are missing
+    """Scaled dot-product attention, operation by operation."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    out: Tensor = scores.softmax(-1) @ value
+    return out
+
+
+def joined(parts: Any) -> Tensor:
+    """In place of parameters that become views of one tensor: what a wrapper has no memory for."""
+    return torch.cat([part.detach() for part in parts])
+
+
+def spans(_: torch.device, call: Callable[[int], object], count: int, stream: object = None) -> list[int]:  # noqa: ARG001
+    for i in range(count):
+        call(i)
+    return [1000] * count
+
+
+@contextmanager
+def far_device() -> Iterator[None]:
+    """Inside, tensors can be on a CUDA device that is not there."""
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), _Factories(), _Moves():  # type: ignore[no-untyped-call]
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        for way in ("__enter__", "__exit__"):  # wrappers have no version counter, which views of them need there
+            patch.setattr(torch.inference_mode, way, lambda *_: None)
+        for name in ("memory_allocated", "max_memory_allocated"):
+            patch.setattr(torch.cuda, name, lambda _=None: 0)
+        for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
+            patch.setattr(torch.cuda, name, lambda _=None: None)
+        patch.setattr(torch, "Generator", FarGenerator)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        patch.setattr(fused_step, "_joined", joined)
+        patch.setattr(attention_choice, "TRIALS", 1)
+        patch.setattr(device, "spans", spans)
+        patch.setitem(device.COPIED_BYTES, "cuda", 2**20)
+        patch.setattr(device, "peak_bandwidth", lambda _: 3.35e12)
+        patch.setattr(attention_choice, "spans", spans)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            yield
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
