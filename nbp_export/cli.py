@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import click
 from nbp_engines.registry import DEFAULT, RUNTIMES
 from nbp_engines.shell import command_line
 from nbp_engines.status import sentences
-from nbp_errors import printable
+from nbp_errors import NbpError, printable
 from nbp_export._commands import Commands, RuntimeName, runtime_help
 
 if TYPE_CHECKING:
@@ -216,6 +217,10 @@ def _export(
     from nbp_export.sources import find
 
     # Before anything that takes time.
+    try:
+        gettempdir()  # torch's exporter needs one
+    except FileNotFoundError as error:
+        raise NbpError(f"{error.strerror}: free space there, or set TMPDIR to another folder") from error
     if out and not check:
         refuse_out(out)
     library, settled, why = engines.settle() if engines else (None, None, "")
