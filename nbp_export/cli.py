@@ -1,16 +1,26 @@
 """The `nbp-export` command: parse, call, print."""
 
+import errno
 import json
+import os
+import re
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from nbp_engines.registry import DEFAULT, RUNTIMES
+from nbp_engines.shell import command_line
 from nbp_engines.status import sentences
+from nbp_errors import NbpError, printable
 from nbp_export._commands import Commands, RuntimeName, runtime_help
 
 if TYPE_CHECKING:
@@ -20,7 +30,59 @@ if TYPE_CHECKING:
 SIZES = "nbp-xl, nbp-xxl, nbp-3b, nbp-tiny, each also as NAME-hybrid"
 
 
-@click.group(cls=Commands)
+class _Ended(BaseException):
+    """A signal that ends the process.
+
+    Attributes:
+        number: the signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _ExportCommands(Commands):
+    """Commands that clean up when a signal ends them, and print what the operating system refuses as one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exits with 128 and a signal's number where one ended it, as shells have it."""
+        try:
+            with _ending_signals():
+                return super().invoke(ctx)
+        except _Ended as end:
+            click.echo(f"Ended by {signal.Signals(end.number).name}.", err=True)
+            sys.exit(128 + end.number)
+        except OSError as error:
+            if error.errno in (None, errno.EPIPE):  # the first is no refusal of the system's, the other is click's
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(printable(f"{where}{error.strerror}")) from error
+
+
+@contextmanager
+def _ending_signals() -> Iterator[None]:
+    """While it lasts, SIGTERM and SIGHUP raise, as Ctrl-C does, so that nothing half-written is left behind."""
+
+    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # cleaning up takes a moment, in which it may come again
+        raise _Ended(number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # What `nohup` or a program around this one has settled stays.
+    before = {number: signal.SIG_DFL for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        for number in before:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@click.group(cls=_ExportCommands)
 @click.version_option(package_name="nbp-export")
 def main() -> None:
     """Take a Next-Block-Prediction video generator from PyTorch to engines, each proven against the reference."""
@@ -40,6 +102,7 @@ MODEL_OPTIONS = (
         metavar="FILE",
         help="The authors' .pt, or ours; here or on the Hub.",
     ),
+    click.option("--ema", is_flag=True, help="Take the EMA copy of the weights that a checkpoint holds beside them."),
     click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing."),
     click.option(
         "--block", help="Block shape TxHxW in latent units, or a size.  [default: the model's own, else 1x1x16]"
@@ -135,6 +198,7 @@ def _export(
     model: str | None,
     checkpoint: Path | None,
     tokenizer: Path | None,
+    ema: bool,
     weights: str | None,
     block: str | None,
     dtype: str,
@@ -148,14 +212,21 @@ def _export(
 
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
     from nbp_export.inspect import counted
-    from nbp_export.onnx_bundle import export, rehearse
+    from nbp_export.onnx_bundle import export, refuse_out, rehearse
     from nbp_export.request import Request
     from nbp_export.sources import find
 
-    library, settled, why = engines.settle() if engines else (None, None, "")  # before anything that takes time
+    # Before anything that takes time.
+    try:
+        gettempdir()  # torch's exporter needs one
+    except FileNotFoundError as error:
+        raise NbpError(f"{error.strerror}: free space there, or set TMPDIR to another folder") from error
+    if out and not check:
+        refuse_out(out)
+    library, settled, why = engines.settle() if engines else (None, None, "")
     with _stages() as (say, report):
         report("load")
-        source = find(Request(model, checkpoint, tokenizer, weights, block, timing_only))
+        source = find(Request(model, checkpoint, tokenizer, weights, block, timing_only, ema=ema))
         say(source.note)
         if library and settled:
             version = library.load().__version__
@@ -165,7 +236,7 @@ def _export(
                 say(f"{file}: every node maps, {layers.total()} layers: {counted(layers)}")
             say("parsed, not built and not compared with the reference: without --check it is")
             return
-        name = f"{source.name}-{source.generator.config.block}-{dtype}"
+        name = f"{_folder_name(source.name)}-{source.generator.config.block}-{dtype}"
         folder = out or Path(f"{name}-{settled.arch}" if settled else name)
         if source.tokenizer is None:
             say("no tokenizer in the checkpoint: generator graphs alone; --tokenizer FILE adds encode and decode")
@@ -173,7 +244,7 @@ def _export(
         say(_outcome(bundle))
         for line in (*_engine_lines(bundle), *_status_lines(bundle)):
             say(line)
-    click.echo(bundle.path)
+    _echo_path(bundle.path)
 
 
 @main.command(epilog="\n\n".join(sentences(row for runtime in RUNTIMES.values() for row in runtime.status)))
@@ -195,7 +266,7 @@ def verify(bundle: Path, runtime: str) -> None:
         if not RUNTIMES[runtime].runs_engines:  # else the engines have just run
             for line in (*_engine_lines(proven), *_status_lines(proven)):
                 say(line)
-    click.echo(bundle)
+    _echo_path(bundle)
 
 
 @main.command()
@@ -228,12 +299,14 @@ def inspect(bundle: Path, measured: bool, as_json: bool) -> None:
 def _stages() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
     """How to say a line that stays, and how to report what begins."""
     from rich.console import Console
+    from rich.text import Text
 
-    console = Console(stderr=True, highlight=False)
+    # Names may hold what looks like markup or an emoji's code.
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     with console.status("") as status:
 
         def report(stage: str) -> None:
-            status.update(stage)
+            status.update(Text(stage))
             if not console.is_terminal:
                 console.print(f"  {stage}")
 
@@ -252,10 +325,8 @@ def _engine_lines(bundle: "Bundle") -> Iterator[str]:
         caches, attentions = (build.layers.get(name, 0) for name in ("KV_CACHE_UPDATE", "ATTENTION_INPUT"))
         seen = f"{caches} caches updated in place, {attentions} attentions masked and {build.attention}, "
         yield f"  {engine.file}: {uses}{'; ' + seen if uses else ''}no input ignored (seen in {build.seen_in})"
-    yield (
-        "not verified: the engines themselves, which only a GPU executes; "
-        f"`nbp-export verify {bundle.path} --runtime {bundle.manifest.runtime}` verifies them there"
-    )
+    verify = command_line("nbp-export", "verify", bundle.path, "--runtime", bundle.manifest.runtime)
+    yield f"not verified: the engines themselves, which only a GPU executes; `{verify}` verifies them there"
 
 
 def _status_lines(bundle: "Bundle") -> list[str]:
@@ -266,6 +337,17 @@ def _status_lines(bundle: "Bundle") -> list[str]:
     if manifest.runtime == DEFAULT.name and manifest.spec.dtype in DEFAULT.dtypes:
         return []
     return status_of(manifest.runtime, manifest.spec.dtype, [engine.library for engine in manifest.engines])
+
+
+def _folder_name(model: str) -> str:
+    """The name of a model as the beginning of a folder's: no longer than fits, and fit to be typed."""
+    name = re.sub(r"[\\/\s]", "_", model).lstrip("-").encode()[:150].decode("utf-8", "ignore")
+    return name or "model"
+
+
+def _echo_path(path: Path) -> None:
+    """Print a path alone: as it is into a pipe, and on a terminal without what that would obey."""
+    click.echo(printable(path) if sys.stdout.isatty() else os.fsencode(path))
 
 
 def _outcome(bundle: "Bundle") -> str:

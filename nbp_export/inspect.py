@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.errors import EngineError, ReceiptWarning
 from nbp_engines.registry import DEFAULT, RUNTIMES, open_session
+from nbp_engines.shell import command_line
 from nbp_engines.spec import TensorSpec
 from nbp_engines.status import sentences
 from nbp_export.trt import builds
@@ -175,7 +176,8 @@ def render(told: Mapping[str, Any]) -> "RenderableType":
             "green",
         )
     else:
-        proof = Text(f"receipt {receipt['state']}: `nbp-export verify {told['bundle']}` proves it again", "red")
+        again = command_line("nbp-export", "verify", Path(told["bundle"]))
+        proof = Text(f"receipt {receipt['state']}: `{again}` proves it again", "red")
     kind = "trained" if told["trained"] else "not trained: for timing only"
     return Group(
         f"{told['model']}, {kind}: block {told['block']}, batch {told['batch']}, {told['dtype']}, {told['runtime']}",

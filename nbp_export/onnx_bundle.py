@@ -1,8 +1,9 @@
 """Exports a model to an ONNX bundle: graphs, shared weights, a recorded trace, the proof, and only then its name."""
 
 import glob
+import hashlib
 import os
-import shlex
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -20,10 +21,11 @@ from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
 from nbp_engines.manifest import SCHEMA, Engine, File, Manifest
 from nbp_engines.ort import ORT_CPU
 from nbp_engines.sampling import Sampling
+from nbp_engines.shell import command_line
 from nbp_engines.spec import SystemSpec
-from nbp_engines.strict import write_json
+from nbp_engines.strict import write_bytes, write_json
 from nbp_engines.trt import TENSORRT
-from nbp_errors import UsageError
+from nbp_errors import NbpError, UsageError
 from nbp_export import lint, trt
 from nbp_export.graphs import graph_module, system_spec, trace
 from nbp_export.inspect import status_of
@@ -56,11 +58,10 @@ def export(
     Every graph is checked against the reference before the folder appears: an interrupted or failed export leaves
     nothing there. `report` is told each stage as it begins.
 
-    Raises UsageError if the folder exists or cannot be made or for options that cannot be honoured, LintError,
-    BuildError or ParityError if a graph or an engine would not do what the reference does.
+    Raises UsageError if the folder exists or cannot be made or for options that cannot be honoured, NbpError if writing
+    to it fails, LintError, BuildError or ParityError if a graph or an engine would not do what the reference does.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists: choose another --out, or remove it first")
+    refuse_out(out)
     spec = system_spec(source.generator.config, source.tokenizer.config if source.tokenizer else None, dtype, batch)
     with _appearing(out) as folder, torch.no_grad():
         digest = weights_sha256(source.generator, source.tokenizer)
@@ -70,8 +71,21 @@ def export(
         content = _with_trace(folder, manifest, report).to_bytes()
         bundle = Bundle.of(folder, content)
         write_json(folder / RECEIPT, prove(bundle, report))
-        (folder / MANIFEST).write_bytes(content)  # last, so that whatever a killed export leaves is no bundle
+        write_bytes(folder / MANIFEST, content)  # last, so that whatever a killed export leaves is no bundle
     return replace(bundle, path=out)  # the same files under their name; no need to hash them all again
+
+
+def refuse_out(out: Path) -> None:
+    """Raise UsageError, before any work, if no bundle can get this name: it is taken, too long or not UTF-8."""
+    try:
+        str(out).encode()
+        taken = out.exists()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{out} is not UTF-8, which the runtimes need: choose another --out") from error
+    except OSError as error:
+        raise UsageError(f"{out} cannot be a folder ({error.strerror}): choose another --out") from error
+    if taken:
+        raise UsageError(f"{out} exists: choose another --out, or remove it first")
 
 
 def rehearse(source: Source, options: Options, dtype: str, batch: int, report: Report) -> dict[str, Counter[str]]:
@@ -97,8 +111,10 @@ def _appearing(out: Path) -> Iterator[Path]:
     """A working folder beside `out` that takes its name only if all went well, and is gone otherwise.
 
     It is locked while in use, so that the next export to the same name can tell what a killed one left, and remove it.
+    Its mode is what the umask makes of it, without a `chmod`, which some file systems refuse.
     """
-    prefix = f".{out.name}.partial-"
+    name = out.name if len(os.fsencode(out.name)) < 200 else hashlib.sha256(out.name.encode()).hexdigest()
+    prefix = f".{name}.partial-"
     with ExitStack() as locks:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,20 +123,44 @@ def _appearing(out: Path) -> Iterator[Path]:
                     with _locked(left) as abandoned:
                         if abandoned:
                             shutil.rmtree(left, ignore_errors=True)
-                folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+                folder = out.parent / f"{prefix}{secrets.token_hex(4)}"
+                folder.mkdir()
                 locks.enter_context(_locked(folder))
         except OSError as error:
             raise UsageError(f"{out.parent} cannot hold the bundle ({error.strerror}): choose another --out") from error
         try:
             yield folder
-            folder.chmod(0o755)
-            try:
-                folder.rename(out)
-            except OSError as error:
-                raise UsageError(f"{out} appeared meanwhile ({error.strerror}): choose another --out") from error
+            _move(folder, out)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            why = error.strerror or error
+            raise NbpError(
+                f"the bundle cannot be written to {out.parent} ({why}): free space there, or choose another --out"
+            ) from error
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _move(folder: Path, out: Path) -> None:
+    """Give a finished bundle its name; file by file where the file system cannot rename a folder.
+
+    Raises UsageError if the name is taken by now.
+    """
+    try:
+        folder.rename(out)
+        return
+    except OSError as error:
+        if os.path.lexists(out):
+            raise UsageError(f"{out} appeared meanwhile ({error.strerror}): choose another --out") from error
+    out.mkdir()
+    try:
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):  # it makes the folder a bundle
+            shutil.move(file, out / file.name, copy_function=shutil.copyfile)
+        folder.rmdir()
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -180,8 +220,7 @@ def _command(source: Source, spec: SystemSpec, options: Options | None) -> str:
         return ""
     words = ["nbp-export", "trt" if options else "onnx", *source.options, "--block", spec.block_text]
     words += ["--dtype", spec.dtype, "--batch", str(spec.batch), *(options.words() if options else ())]
-    # A name may hold what no terminal should obey.
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shlex.join(words))
+    return command_line(*words)
 
 
 def _with_trace(folder: Path, manifest: Manifest, report: Report) -> Manifest:

@@ -14,6 +14,7 @@ class Request(NamedTuple):
         block: shape or size; the model's own if None.
         timing_only: take a checkpoint that was trained for another block.
         or_random: where no bundled weights are for the block, random ones.
+        ema: take the EMA copy of the weights that the checkpoint holds beside them.
     """
 
     model: str | None = None
@@ -23,3 +24,4 @@ class Request(NamedTuple):
     block: str | None = None
     timing_only: bool = False
     or_random: bool = False
+    ema: bool = False

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nbp_errors import UsageError
+from nbp_errors import UsageError, printable
 from nbp_export.hub import fetch
 from nbp_export.request import Request
 from nbp_reference import checkpoint
@@ -57,7 +57,9 @@ def _options(request: Request) -> Iterator[str]:
         yield from ("--model", request.model or TINY[0])
     for option in ("checkpoint", "tokenizer", "weights"):
         if value := getattr(request, option):
-            yield from (f"--{option}", str(value))
+            yield from (f"--{option}", f"./{value}" if str(value).startswith("-") else str(value))
+    if request.ema:
+        yield "--ema"
     if request.timing_only:
         yield "--timing-only"
 
@@ -67,6 +69,8 @@ def _found(request: Request) -> Source:
         if request.model:
             raise UsageError("--checkpoint says what the model is: leave out --model")
         return _from_checkpoint(request, fetch(request.checkpoint))
+    if request.ema:
+        raise UsageError("--ema takes the EMA copy that a --checkpoint holds; a named model has none: leave it out")
     if request.tokenizer:
         raise UsageError("--tokenizer completes a --checkpoint; a named model brings its own: leave it out")
     name = request.model or TINY[0]
@@ -80,22 +84,27 @@ def _found(request: Request) -> Source:
 
 
 def _from_checkpoint(request: Request, path: Path) -> Source:
-    loaded = checkpoint.load(path)
+    loaded = checkpoint.load(path, ema=request.ema and request.weights != "random")
     if loaded.generator is None:
         raise UsageError(f"{path} holds only a tokenizer: give the generator as --checkpoint, this one as --tokenizer")
     tokenizer = loaded.tokenizer
     if request.tokenizer:
-        tokenizer = checkpoint.load(fetch(request.tokenizer)).tokenizer
+        file = fetch(request.tokenizer)
+        brought = checkpoint.load(file)
+        if request.ema and brought.averages:
+            brought = checkpoint.load(file, ema=True)
+        tokenizer = brought.tokenizer
         if tokenizer is None:
             raise UsageError(f"{request.tokenizer} holds no tokenizer")
     if tokenizer and tokenizer.config.vocab != loaded.generator.config.codes:
         codes, ids = tokenizer.config.vocab, loaded.generator.config.codes
         raise UsageError(f"the tokenizer has {codes} codes, the generator {ids} for video: they do not belong together")
+    name, title = printable(path.stem), printable(path.name)
     generator, trained_for = loaded.generator, loaded.generator.config.block
     config = generator.config.with_block(request.block or str(trained_for))
     if request.weights == "random":
-        note = f"no checkpoint for block {config.block}: random weights of {path.name}'s size, speed means something"
-        return Source(path.stem, random_generator(config), tokenizer, False, note)
+        note = f"no checkpoint for block {config.block}: random weights of {title}'s size, speed means something"
+        return Source(name, random_generator(config), tokenizer, False, note)
     fits = config.block == trained_for if loaded.exact_block else config.block.size == trained_for.size
     if generator.config.text and config.block.size != trained_for.size:
         raise UsageError(
@@ -108,8 +117,14 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
             f"Use --block {trained_for}, or --timing-only if only the speed matters"
         )
     generator.config = config
-    note = f"{path.name}, block {config.block}" + ("" if fits else f" (trained for {trained_for}: timing only)")
-    return Source(path.stem, generator, tokenizer, fits, note)
+    note = f"{title}, block {config.block}" + ("" if fits else f" (trained for {trained_for}: timing only)")
+    if copies := ", ".join(map(printable, loaded.averages)):
+        note += (
+            f", the EMA copy of its weights ({copies})"
+            if request.ema
+            else (f"; it also holds an EMA copy of its weights ({copies}), which --ema takes")
+        )
+    return Source(name, generator, tokenizer, fits, note)
 
 
 def random_generator(config: ModelConfig) -> NextBlockTransformer:

@@ -18,7 +18,7 @@ from nbp_engines.bundle import Bundle
 from nbp_engines.errors import BundleError
 from nbp_engines.manifest import NAME, Engine
 from nbp_engines.spec import GraphKind, GraphSpec
-from nbp_engines.strict import FROM_0, Kind, Rule, loads, matching, whole, write_json
+from nbp_engines.strict import FROM_0, Kind, Rule, loads, matching, whole, write_bytes, write_json, write_text
 from nbp_engines.strict import check as conform
 from nbp_engines.trt import Log, log_of
 from nbp_errors import NbpError
@@ -100,9 +100,9 @@ def build_engines(
         report(f"build {file} for {options.arch}")
         built = build(folder / file, [signatures[name] for name in names], library, options)
         target = folder / built.known.file
-        target.write_bytes(built.content)
+        write_bytes(target, built.content)
         write_json(target.with_suffix(".layers.json"), built.layers)
-        target.with_suffix(".log").write_text(built.log.replace(f"{folder}{os.sep}", ""))
+        write_text(target.with_suffix(".log"), built.log.replace(f"{folder}{os.sep}", ""))
         version = library.load().__version__
         engines.append(Engine(target.name, names, str(options.arch), options.compatibility, library.module, version))
         builds.append(asdict(built.known))

@@ -6,6 +6,7 @@ TensorRT-RTX builds for a GPU that need not be there; TensorRT 11 builds on the 
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nbp_engines.errors import EngineError
+from nbp_engines.strict import write_bytes
 from nbp_errors import UsageError
 from nbp_export._extras import need
 
@@ -144,7 +146,10 @@ def configure(config: Any, library: Library, options: Options) -> None:
     if options.level is not None:
         config.builder_optimization_level = options.level
     known = _timings(library, options)
-    before = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
+    content = b""
+    with suppress(OSError):  # there is none yet, or nobody may read it
+        content = known.read_bytes()
+    before = config.create_timing_cache(content)
     if not config.set_timing_cache(before, False):  # what was measured elsewhere, or is damaged
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
@@ -154,10 +159,9 @@ def keep_timings(config: Any, library: Library, options: Options) -> None:
     if library.builds_for_absent_gpus:
         return
     known = _timings(library, options)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    partial = known.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(bytes(config.get_timing_cache().serialize()))
-    partial.replace(known)
+    with suppress(OSError):  # the build is worth more than the minutes that the next one would save
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(known, bytes(config.get_timing_cache().serialize()))
 
 
 def _timings(library: Library, options: Options) -> Path:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from nbp_engines.errors import BundleError, ReceiptWarning
-from nbp_engines.manifest import MANIFEST, RECEIPT, Manifest
+from nbp_engines.manifest import MANIFEST, RECEIPT, Manifest, refuse_folder, refuse_link
+from nbp_engines.shell import command_line
 from nbp_engines.strict import ANYTHING, FROM_0, TEXT, Rule, check, loads
+from nbp_errors import printable
 
 __all__ = ["MANIFEST", "RECEIPT", "Bundle"]
 
@@ -64,8 +66,8 @@ class Bundle:
         try:
             if not text.is_file():
                 raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}. Make one with `nbp-export onnx`")
-            if text.is_symlink():
-                raise BundleError(f"{text} is a symbolic link, not a plain file of the bundle")
+            refuse_link(text)
+            refuse_folder(path)
             bundle = cls.of(path, text.read_bytes())
             for file in bundle.manifest.files:
                 file.verify(path)
@@ -77,7 +79,8 @@ class Bundle:
     def prove(self, required: bool = True) -> None:
         """Raise BundleError, or only give a ReceiptWarning where none is required, unless the receipt is valid."""
         if self.receipt() is None:
-            problem = f"{self.path} has no valid receipt: `nbp-export verify {self.path}` proves it again"
+            again = command_line("nbp-export", "verify", self.path)
+            problem = printable(f"{self.path} has no valid receipt: `{again}` proves it again")
             if required:
                 raise BundleError(problem)
             warnings.warn(problem, ReceiptWarning, stacklevel=3)

@@ -11,6 +11,7 @@ from typing import Any, Self
 from nbp_engines.errors import BundleError
 from nbp_engines.loop import loop_of
 from nbp_engines.sampling import Sampling
+from nbp_engines.shell import command_line
 from nbp_engines.spec import GraphSpec, SystemSpec
 from nbp_engines.strict import ANYTHING, FLAG, FROM_0, TEXT, Rule, check, matching, number, whole
 
@@ -67,6 +68,33 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_link(path: Path) -> None:
+    """Raise BundleError, with the command that makes a copy of plain files, if a file of a bundle is a symbolic link.
+
+    It could lead anywhere, and the runtimes refuse weights that lie outside of the bundle's folder.
+    """
+    if not path.is_symlink():
+        return
+    name, where = path.parent.absolute().name, ""
+    for folder in path.parent.absolute().parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):  # the cache of huggingface_hub
+            name, where = folder.parent.name.split("--")[-1], ", as in the cache of the Hugging Face Hub"
+    copy = command_line("cp", "-rL", path.parent, Path("." if path.parent.name else "..", f"{name}-bundle"))
+    raise BundleError(
+        f"{path} is a symbolic link{where}, not a plain file of the bundle: `{copy}` makes a bundle of plain files"
+    )
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise BundleError if a bundle's folder has a name that the runtimes cannot open: they take UTF-8 alone."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise BundleError(
+            f"{path} is not UTF-8, which the runtimes need in the name of a bundle's folder: rename it"
+        ) from error
+
+
 @dataclass(frozen=True)
 class File:
     """One file of a bundle."""
@@ -83,8 +111,7 @@ class File:
     def verify(self, folder: Path) -> None:
         """Raise BundleError unless the folder has this very file."""
         path = folder / self.path
-        if path.is_symlink():
-            raise BundleError(f"{path} is a symbolic link, not a plain file of the bundle: export the bundle again")
+        refuse_link(path)
         if not path.is_file():
             raise BundleError(f"{path} is missing: export the bundle again")
         if path.stat().st_size != self.size or sha256(path) != self.sha256:

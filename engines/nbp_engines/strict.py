@@ -1,16 +1,22 @@
-"""JSON that nobody vouches for: read strictly, and checked against a table of rules before anything is made of it."""
+"""The files of a bundle: JSON that nobody vouches for is read strictly, and files are written whole or not at all.
+
+What was read is checked against a table of rules before anything is made of it.
+"""
 
 import json
 import math
+import os
 import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from nbp_engines.errors import BundleError
+from nbp_errors import printable
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ def matching(what: str, pattern: str) -> Kind:
 ANYTHING = Kind("anything", lambda _: True)
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 # Nothing that a terminal would obey, and no half characters, which could not be printed.
-TEXT = Kind("printable text", lambda v: isinstance(v, str) and v.isprintable())
+TEXT = Kind("printable text", lambda v: isinstance(v, str) and v == printable(v))
 FROM_0 = number("a number from 0 up", lambda v: v >= 0)
 
 
@@ -85,11 +91,27 @@ def loads(content: bytes) -> Any:
         raise BundleError(f"not JSON: {error}") from error
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there: whatever stops the write leaves the old file, and no other."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        # What stopped the write may stop this as well, and is the error to raise.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 as `write_bytes` does; half characters, which have no UTF-8, become escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
 def write_json(path: Path, data: object) -> None:
-    """Write a file of a bundle; an interrupted write leaves the old one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
+    """Write JSON as `write_bytes` does."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

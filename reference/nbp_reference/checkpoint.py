@@ -1,26 +1,36 @@
 """Reads weights: the authors' generator `.ckpt` and tokenizer `.pt`, and our own safetensors; writes the last.
 
-Pickles are opened with `weights_only=True` and `argparse.Namespace` allowed, nothing more: no code in a file runs.
-Tensors stay memory-mapped where they are fp32 already, and are widened where they are not.
+No code in a file runs: `pickled` says how pickles are opened, and `state` how tensors are found by their names. Tensors
+stay memory-mapped where they are fp32 already, and are widened where they are not.
 """
 
 import json
-import re
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
-import torch
 from torch import Tensor
 
 from nbp_reference import fit
 from nbp_reference.config import TOKENIZERS, BlockShape, ModelConfig, TextCondition, TokenizerConfig
 from nbp_reference.errors import BlockShapeError, CheckpointError
 from nbp_reference.model import NextBlockTransformer
+from nbp_reference.pickled import Scalar, UnreadObject, unpickled
+from nbp_reference.state import (
+    GENERATOR,
+    TOKENIZER,
+    TOKENIZER_INSIDE,
+    WRAPPERS,
+    Part,
+    State,
+    checked,
+    some,
+    without_averages,
+)
 from nbp_reference.tokenizer import VideoTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"  # of the bundled nbp-tiny
@@ -28,6 +38,7 @@ WEIGHTS = Path(__file__).parent / "weights"  # of the bundled nbp-tiny
 # A file's content can have any form; these are what using it as a model raises where it is another.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
+_NO_AVERAGE = "it holds no EMA copy of the weights: leave out --ema"
 _ZIP = b"PK\x03\x04"
 # What is taken for a checkpoint by mistake, by its first bytes.
 _MISTAKEN = {
@@ -48,28 +59,35 @@ class Checkpoint(NamedTuple):
     Attributes:
         generator, tokenizer: None where the file has none.
         exact_block: whether the file told the shape of the generator's block; the authors' tell its size alone.
+        averages: what the EMA copies of the weights are called that the file holds beside them.
     """
 
     generator: NextBlockTransformer | None
     tokenizer: VideoTokenizer | None
     exact_block: bool
+    averages: tuple[str, ...] = ()
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, ema: bool = False) -> Checkpoint:
     """Load any supported file; what kind it is, its content says, not its name.
 
-    Raises CheckpointError, naming the file and what does not fit.
+    With `ema`, the EMA copy of the weights is taken that the file holds beside them. Raises CheckpointError, naming the
+    file and what does not fit.
     """
     try:
         if not path.is_file():
             raise CheckpointError("not a file" if path.exists() else "no such file")
         with path.open("rb") as file:
             start = file.read(24)
+            # The libraries take no name but UTF-8, and torch hands one that ends in .safetensors to another reader.
+            odd = not _is_utf8(path) or (path.suffix == ".safetensors" and start.startswith(_ZIP))
+            way = f"/dev/fd/{file.fileno()}" if odd else str(path)
             if start.startswith(_ZIP):
-                # torch hands a name that ends in .safetensors to another reader.
-                return _load_zip(path, f"/dev/fd/{file.fileno()}" if path.suffix == ".safetensors" else str(path))
-        if start[8:9] == b"{":
-            return _load_safetensors(path)
+                return _load_zip(path, way, ema)
+            if start[8:9] == b"{":
+                if ema:
+                    raise CheckpointError(_NO_AVERAGE)
+                return _load_safetensors(path, way)
         raise CheckpointError(next(what for begin, what in _MISTAKEN.items() if start.startswith(begin)))
     except (BlockShapeError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -114,15 +132,20 @@ def save(model: NextBlockTransformer | VideoTokenizer, path: Path) -> None:
     state = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(state, partial, {kind: json.dumps(model.config.to_json())})
-    partial.replace(path)
+    try:
+        save_file(state, partial, {kind: json.dumps(model.config.to_json())})
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
-def _load_safetensors(path: Path) -> Checkpoint:
+def _load_safetensors(path: Path, way: str) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(way, "pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
@@ -138,7 +161,7 @@ def _load_safetensors(path: Path) -> Checkpoint:
     raise CheckpointError("its metadata names neither a generator nor a tokenizer; was it written by `save`?")
 
 
-def _load_zip(path: Path, way: str) -> Checkpoint:
+def _load_zip(path: Path, way: str, ema: bool) -> Checkpoint:
     """Read what `torch.save` wrote; `way` is the path, or another way to the same file."""
     try:
         with ZipFile(path) as archive:
@@ -151,36 +174,53 @@ def _load_zip(path: Path, way: str) -> Checkpoint:
     # Mapped into memory as they are, compressed numbers would pass for weights.
     if packed := [entry.filename for entry in entries if entry.compress_type != ZIP_STORED]:
         raise CheckpointError(f"{fit.shown(packed[0])} in it is compressed: was it zipped again? Get the original")
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            data = torch.load(way, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {fit.shown(asked[1])}" if asked else "it does what weights and plain data never do"
-        raise CheckpointError(f"cannot be read without running code from it: {what}") from error
-    except Exception as error:  # torch raises whatever a broken zip, pickle or storage raises
-        raise CheckpointError(f"damaged or incomplete: {type(error).__name__}, {fit.shown(str(error))}") from error
+    data = unpickled(path, way)
     if isinstance(data, dict) and "state_dict" in data:
-        return _from_lightning(data, path.stat().st_size)
+        return _from_lightning(data, path.stat().st_size, ema)
     if isinstance(data, dict) and "model_state_dict" in data:
-        state = _stripped(data["model_state_dict"], "module.")
-        return Checkpoint(None, fit.tokenizer(TOKENIZERS["official"], state, path.stat().st_size), exact_block=False)
+        state = checked(data["model_state_dict"])
+        weights, averages = _weights(TOKENIZER, data, state, ema)
+        tokenizer = fit.tokenizer(TOKENIZERS["official"], weights, path.stat().st_size)
+        return Checkpoint(None, tokenizer, exact_block=False, averages=averages)
     raise CheckpointError("no `state_dict` (generator) and no `model_state_dict` (tokenizer) in it")
 
 
-def _from_lightning(data: Mapping[str, Any], size: int) -> Checkpoint:
+def _weights(part: Part, data: Mapping[str, Any], state: State, ema: bool) -> tuple[State, tuple[str, ...]]:
+    """The tensors of a part of the model, those of its EMA copy if asked for, and what the copies are called."""
+    copies = dict(part.averages(data, state))
+    weights = part.members(without_averages(state))
+    if not ema:
+        if copies and not weights:
+            raise CheckpointError(f"all weights in it are an EMA copy, {some(copies)}: --ema takes it")
+        return weights, (*copies,)
+    if len(copies) != 1:
+        several = (
+            f"it holds several EMA copies of the weights, {some(copies)}, and --ema takes the only one: save one alone"
+        )
+        raise CheckpointError(several if copies else _NO_AVERAGE)
+    ((_, copy),) = copies.items()
+    return part.average(copy, weights), (*copies,)
+
+
+def _from_lightning(data: Mapping[str, Any], size: int, ema: bool) -> Checkpoint:
     held = data.get("hyper_parameters")
     args = held.get("args") if isinstance(held, Mapping) else None
     if not isinstance(args, Namespace):
         raise CheckpointError("hyper_parameters.args is missing: the file does not say what model it holds")
-    hybrid = getattr(args, "hybrid", None)
-    if not hybrid and not getattr(args, "unconditional", True):
+    hybrid = _given(args, "hybrid", None)
+    if not hybrid and not _given(args, "unconditional", True):
         raise CheckpointError(
             "class-conditional without being hybrid (args.unconditional and args.hybrid are false): "
             "no such model was published, and none is supported"
         )
-    keys = _stripped(data["state_dict"], "module.")
-    state = {k: v for k, v in _stripped(keys, "transformer.", only=True).items() if "mask" not in k}
+    keys = checked(data["state_dict"])
+    weights, averages = _weights(GENERATOR, data, keys, ema)
+    if keys and not weights:
+        raise CheckpointError(
+            f"no weights of a generator in it: its keys begin with `transformer.`, in front of which there may be "
+            f"prefixes of wrappers ({', '.join(f'{name}.' for name in WRAPPERS)}); found {some(keys)}"
+        )
+    state = {key: value for key, value in weights.items() if "mask" not in key}
     state.pop("uncond_embedding", None)  # for classifier-free guidance, which no published result uses
     vocab, width = _axes(state, "tok_emb.weight", "V, C")
     _, positions, _ = _axes(state, "pos_emb", "1, P, C")
@@ -190,9 +230,9 @@ def _from_lightning(data: Mapping[str, Any], size: int) -> Checkpoint:
         config = _hybrid(config, _argument(args, "cond_token_num"))
     if width != (stated := _argument(args, "n_embd")):
         raise CheckpointError(f"tok_emb is {width} wide, its own arguments say n_embd={stated}")
-    tokens = _stripped(_stripped(keys, "first_stage_model.", only=True), "module.")
+    tokens = TOKENIZER_INSIDE.members(without_averages(keys))
     tokenizer = fit.tokenizer(TOKENIZERS["official"], tokens, size) if tokens else None
-    return Checkpoint(fit.generator(config, state, size), tokenizer, exact_block=False)
+    return Checkpoint(fit.generator(config, state, size), tokenizer, exact_block=False, averages=averages)
 
 
 def _hybrid(config: ModelConfig, text_tokens: int) -> ModelConfig:
@@ -209,9 +249,19 @@ def _hybrid(config: ModelConfig, text_tokens: int) -> ModelConfig:
 
 def _argument(args: Namespace, name: str, default: int | None = None) -> int:
     """A number that the training was started with, or what the authors' code takes where it is missing."""
-    value = getattr(args, name, default)
+    value = _given(args, name, default)
     if type(value) is not int or value < 1:
         raise CheckpointError(f"hyper_parameters.args.{name} is {fit.shown(value)}, expected a positive integer")
+    return value
+
+
+def _given(args: Namespace, name: str, default: object) -> object:
+    """What an argument was, a number of numpy's as a plain one; raises CheckpointError for what was not read."""
+    value = getattr(args, name, default)
+    if isinstance(value, Scalar):
+        value = value.value
+    if isinstance(value, UnreadObject):
+        raise CheckpointError(f"hyper_parameters.args.{name} is an object, expected a number or true or false")
     return value
 
 
@@ -223,18 +273,9 @@ def _axes(state: Mapping[str, object], key: str, axes: str) -> list[int]:
     return list(tensor.shape)
 
 
-def _stripped(state: object, prefix: str, only: bool = False) -> dict[str, object]:
-    """Keys without the prefix; with `only`, just those that had it."""
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"expected a dictionary of tensors, found {fit.shown(state)}")
-    found: dict[str, object] = {}
-    for key, value in state.items():
-        if not isinstance(key, str):
-            raise CheckpointError(f"expected names as keys, found {fit.shown(key)}")
-        name = key.removeprefix(prefix)
-        if only and key == name:
-            continue
-        if name in found:
-            raise CheckpointError(f"{fit.shown(name)} is in it twice, with and without `{prefix}`")
-        found[name] = value
-    return found
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

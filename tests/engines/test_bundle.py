@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -205,6 +206,37 @@ def test_a_symbolic_link_even_to_the_same_content(folder: Path, name: str) -> No
     (folder / name).rename(folder.parent / name)
     (folder / name).symlink_to(folder.parent / name)
     refused(folder, name, "symbolic link")
+
+
+@pytest.mark.parametrize("inner", ["", "bundles/16"])
+@pytest.mark.parametrize("name", ["step.onnx", MANIFEST, "all"])
+def test_a_bundle_in_the_hubs_cache_is_refused_with_the_command_that_cures_it(
+    folder: Path, name: str, inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There each file is a link into a store of blobs, whose weights the runtimes refuse to read."""
+    repository = tmp_path / "it's here" / "models--org--one"
+    snapshot, blobs = repository / "snapshots" / ("0" * 40) / inner, repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in [*folder.iterdir()] if name == "all" else [folder / name]:
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(os.path.relpath(blobs / file.name, snapshot))
+    for file in folder.iterdir():
+        file.rename(snapshot / file.name)
+    with pytest.raises(BundleError, match="symbolic link, as in the cache of the Hugging Face Hub") as error:
+        Bundle.open(snapshot)
+    command = error.value.message.partition("`")[2].partition("`")[0]
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["sh", "-c", command], check=True)
+    copy = Bundle.open(tmp_path / "one-bundle", require_receipt=True)
+    assert not [file for file in copy.path.iterdir() if file.is_symlink()]
+    monkeypatch.chdir(snapshot)
+    refused(Path(), "symbolic link", "`cp -rL . ../one-bundle`")
+
+
+def test_a_linked_folder_is_as_good_as_its_target(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert Bundle.open(tmp_path / "link").receipt() is not None
 
 
 def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,12 @@
 """Checkpoints from the Hub: the real library against a Hub of this machine's, its cache, and no Hub at all."""
 
+import errno
 import hashlib
 import json
 import os
+import re
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -22,6 +26,22 @@ from tests.support import small_generator
 
 ROOT = Path(__file__).parents[2]
 SHA = "0123456789abcdef0123456789abcdef01234567"
+# What a Hub answers in place of a file: status and headers.
+STATUSES: dict[str, tuple[int, dict[str, str]]] = {
+    "gated": (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted.\tAsk."}),
+    "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}),
+    "forbidden": (403, {"X-Error-Message": "Forbidden for you."}),
+    "moved": (404, {"X-Error-Code": "EntryNotFound"}),
+    "unavailable": (501, {}),
+}
+TROUBLES = (*STATUSES, "reset", "half", "stored")
+# And in place of a list of files.
+LISTINGS: dict[str, tuple[int, bytes, dict[str, str]]] = {
+    "list500": (500, b"oops", {}),
+    "list429": (429, b"slow down", {}),
+    "listpage": (200, b"<html>please log in to this network</html>", {"Content-Type": "text/html"}),
+    "listgated": (403, b"", {"X-Error-Code": "GatedRepo"}),
+}
 NOBODY = "http://127.0.0.1:9"  # where nothing listens
 
 
@@ -39,6 +59,7 @@ def address(weights: bytes) -> Iterator[str]:
         "org/one": {"README.md": b"read me", "16/a.safetensors": weights},
         "org/two": {"a.ckpt": b"not", "b.pt": b"here"},
         "org/none": {"README.md": b"read me"},
+        **{f"org/{trouble}": {"a.ckpt": weights} for trouble in TROUBLES},
     }
 
     class Hub(BaseHTTPRequestHandler):
@@ -50,11 +71,34 @@ def address(weights: bytes) -> Iterator[str]:
             else:
                 self.answer_with("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
 
+        def trouble(self, name: str) -> None:
+            """Answer as a Hub that refuses or fails; it says what the library takes for a reason."""
+            if name == "reset" and self.command == "GET":
+                self.break_off(b"")
+            elif name == "half" and self.command == "GET":
+                self.break_off(weights[: len(weights) // 2])
+            elif name in STATUSES:
+                status, headers = STATUSES[name]
+                self.answer(status, b"oops\nand more", headers)
+            else:
+                self.answer(200, weights, {"X-Repo-Commit": SHA, "ETag": f'"{hashlib.sha256(weights).hexdigest()}"'})
+
+        def break_off(self, content: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(weights)))
+            self.end_headers()
+            self.wfile.write(content)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+
         def do_HEAD(self) -> None:
             self.do_GET()
 
         def answer_about(self, repo: str, revision: str) -> None:
-            if repo not in repositories:
+            if (name := repo.partition("/")[2]) in LISTINGS:
+                self.answer(*LISTINGS[name])
+            elif repo not in repositories:
                 self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
             elif revision not in ("main", "v1", SHA):
                 self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
@@ -63,6 +107,9 @@ def address(weights: bytes) -> Iterator[str]:
                 self.answer(200, json.dumps({"id": repo, "sha": SHA, "siblings": files}).encode())
 
         def answer_with(self, repo: str, revision: str, name: str) -> None:
+            if (kind := repo.partition("/")[2]) in TROUBLES:
+                self.trouble(kind)
+                return
             content = repositories[repo][name]
             digest = hashlib.sha256(content).hexdigest()
             self.answer(200, content, {"X-Repo-Commit": SHA, "ETag": f'"{digest}"', "X-Revision": revision})
@@ -206,3 +253,91 @@ def test_the_command_takes_an_id(option: str, monkeypatch: pytest.MonkeyPatch, t
     assert result.exit_code == 1
     assert "the Hub cannot be reached" in " ".join(result.output.split())
     assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "gated",
+            "org/gated/a.ckpt: access is restricted: ask for it on {address}/org/gated, then log in with `hf auth",
+        ),
+        ("disabled", "org/disabled/a.ckpt: the Hub has disabled this repository"),
+        ("forbidden", "org/forbidden/a.ckpt: the Hub refuses it (403 Forbidden"),
+        ("moved", "org/moved/a.ckpt: the Hub lists this file and does not have it: try another revision"),
+        ("unavailable", "org/unavailable/a.ckpt: the Hub answers 501 in place of it: try again later"),
+        ("reset", "org/reset/a.ckpt: the download broke off ("),
+        ("half", "org/half/a.ckpt: the download broke off ("),
+        ("list500", "org/list500: no such file here, and the Hub answers 500; a cached file is found as"),
+        ("list429", "org/list429: no such file here, and the Hub answers 429; a cached file is found as"),
+        ("listpage", "org/listpage: no such file here, and the Hub cannot be reached ("),
+        ("listgated", "org/listgated: access is restricted: ask for it on {address}/org/listgated, then log in"),
+    ],
+)
+def test_a_hub_that_refuses_or_fails_is_told_in_one_line(
+    name: str, message: str, address: str, weights: bytes, tmp_path: Path
+) -> None:
+    assert fetched(f"org/{name}", tmp_path, address).startswith(message.format(address=address))
+    assert not list(tmp_path.rglob("*.ckpt")), "half a file would pass for the whole one"
+    assert len(weights) > 2
+
+
+@pytest.mark.parametrize(
+    ("cache", "reason"), [("/dev/null/cache", "Not a directory"), ("/proc/cache", "No such file or directory")]
+)
+def test_a_cache_that_cannot_hold_the_file(cache: str, reason: str, address: str, tmp_path: Path) -> None:
+    message = fetched("org/stored", tmp_path, address, HF_HUB_CACHE=cache)
+    assert message.startswith(
+        f"org/stored/a.ckpt: the cache {cache} cannot hold it ({reason}): free space there, or set"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
+def test_a_full_or_read_only_cache(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number), "/cache/blobs/0.incomplete")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(NbpError, match=re.escape(f"cannot hold it ({os.strerror(number)}): free space there")) as error:
+        hub._downloaded("org/one", None, "a.ckpt")
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(), RuntimeError("\n"), ValueError("first\nsecond"), ConnectionResetError()]
+)
+def test_errors_without_words_or_with_many(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("model_info", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, refuse)
+    with pytest.raises(NbpError) as listing:
+        hub.fetch(Path("org/one"))
+    with pytest.raises(NbpError) as download:
+        hub._downloaded("org/one", None, "a.ckpt")
+    for caught in (listing, download):
+        assert "\n" not in caught.value.message
+        assert "second" not in caught.value.message
+
+
+def test_the_librarys_own_lines_are_kept_back(address: str, tmp_path: Path) -> None:
+    """Its warnings and notes of retries; its level of logging is as before afterwards."""
+    code = (
+        "import logging, sys, huggingface_hub.file_download, nbp_export.hub as hub\nfrom pathlib import Path\n"
+        "log = logging.getLogger('huggingface_hub'); before = log.level\n"
+        "try: hub.fetch(Path('org/unavailable'))\nexcept Exception as error: print(type(error).__name__)\n"
+        "assert log.level == before"
+    )
+    path = os.pathsep.join(str(ROOT / home) for home in (".", "engines"))
+    environment = {"HF_ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path), "HF_HOME": str(tmp_path), "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "NbpError\n"
+    assert done.stderr == ""

@@ -1,18 +1,25 @@
 """An export that is stopped leaves nothing that looks finished."""
 
 import json
+import os
 import random
+import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
 from nbp_engines.errors import BundleError
-from nbp_errors import UsageError
+from nbp_engines.strict import write_bytes, write_json, write_text
+from nbp_errors import NbpError, UsageError
+from nbp_export.cli import main
 from nbp_export.onnx_bundle import _appearing, export
 from tests.export.support import source
 
@@ -39,7 +46,7 @@ def test_stopped_at_a_stage(stop: str, how: BaseException, tmp_path: Path) -> No
         if stage == stop:
             raise how
 
-    with pytest.raises((KeyboardInterrupt, OSError)):
+    with pytest.raises((KeyboardInterrupt, NbpError)):
         export(source("1x4x4"), tmp_path / "bundle", "fp32", report=report)
     assert reached[-1] == stop
     assert list(tmp_path.iterdir()) == []
@@ -51,7 +58,8 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
     write = Path.write_bytes
 
     def look(path: Path, content: bytes) -> int:
-        looks.append({file.name for file in path.parent.iterdir()})
+        if MANIFEST in path.name:
+            looks.append({file.name for file in path.parent.iterdir()})
         with pytest.raises(BundleError, match="is not a bundle"):
             Bundle.open(path.parent)
         return write(path, content)
@@ -115,6 +123,7 @@ paths, folder, shares = map(json.loads, sys.argv[1:])
 sys.path[:0], folder = paths, Path(folder)
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import BundleError
+from nbp_engines.strict import write_bytes, write_json, write_text
 from nbp_export.onnx_bundle import export
 from tests.export.support import source
 
@@ -233,3 +242,161 @@ def test_missing_parents_are_made(tmp_path: Path) -> None:
     bundle = export(source("1x4x4"), tmp_path / "a" / "b" / "bundle", "fp32")
     assert bundle.path == tmp_path / "a" / "b" / "bundle"
     assert bundle.receipt() is not None
+
+
+# The command in a process of its own, whose file system is as the code before it makes it.
+COMMAND = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1].split(os.pathsep)
+{before}
+from nbp_export.cli import main
+sys.argv[1:] = ["onnx", "--model", "nbp-tiny", "--dtype", "fp32", "--out", "bundle"]
+main()
+"""
+SIGNALLED = """
+from nbp_export import proof
+def stop(path, spec):
+    os.kill(os.getpid(), signal.{name})
+    {then}
+proof.lint.check = stop
+"""
+
+
+def commanded(before: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(str(ROOT / home) for home in (".", "reference", "engines"))
+    command = [sys.executable, "-c", COMMAND.format(before=before), paths]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_ends_the_command_cleans_up(name: str, tmp_path: Path) -> None:
+    again = f"os.kill(os.getpid(), signal.{name})"  # as impatient supervisors do
+    done = commanded(SIGNALLED.format(name=name, then=again), tmp_path)
+    assert done.returncode == 128 + signal.Signals[name]
+    assert done.stderr.splitlines()[-1] == f"Ended by {name}."
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As under `nohup`."""
+    before = "signal.signal(signal.SIGHUP, signal.SIG_IGN)" + SIGNALLED.format(name="SIGHUP", then="os._exit(7)")
+    assert commanded(before, tmp_path).returncode == 7
+
+
+def test_the_handlers_of_the_program_around_the_command_are_left_as_they_were() -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+    CliRunner().invoke(main, ["onnx", "--model", "nbp-xl"])
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (0, "No usable temporary directory found in "),
+        (0.01, "the bundle cannot be written to . (File too large): free space there"),
+        (0.9, "the bundle cannot be written to . (File too large): free space there"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(share: float, message: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk's: the kernel refuses in the middle of a write."""
+    whole = 1_500_000  # bytes of nbp-tiny's weights in fp32, or fewer
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(whole * share), resource.RLIM_INFINITY))
+
+    done = commanded("sys.dont_write_bytecode = True", tmp_path, preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+REFUSALS: dict[str, str] = {
+    "chmod": "chmod fchmod lchmod",  # CIFS, FUSE, object stores
+    "folders_keep_their_names": "rename",
+}
+
+
+@pytest.mark.parametrize("refused", REFUSALS)
+def test_what_a_file_system_refuses_costs_no_finished_work(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for name in REFUSALS[refused].split():
+        if hasattr(os, name):
+            monkeypatch.setattr(os, name, refuse)
+        if hasattr(Path, name):
+            monkeypatch.setattr(Path, name, refuse)
+    bundle = export(source("1x4x4"), tmp_path / "bundle", "fp32")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert Bundle.open(tmp_path / "bundle", require_receipt=True) == bundle
+
+
+def test_a_name_that_is_taken_meanwhile_where_folders_keep_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UsageError, match="appeared meanwhile"), _appearing(tmp_path / "bundle"):
+        (tmp_path / "bundle").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600), (0o002, 0o775, 0o664)]
+)
+def test_the_umask_is_respected(umask: int, folder: int, file: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        bundle = export(source("1x4x4"), tmp_path / "bundle", "fp32")
+    finally:
+        os.umask(before)
+    assert bundle.path.stat().st_mode & 0o777 == folder
+    assert {path.stat().st_mode & 0o777 for path in bundle.path.iterdir()} == {file}
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "bytes": lambda path: write_bytes(path, b"new"),
+    "text": lambda path: write_text(path, "new"),
+    "json": lambda path: write_json(path, {"new": 1}),
+}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a", "x" * 200])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_write_that_fails_leaves_the_old_file_alone(
+    writer: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, opened = WRITERS[writer], Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        opened(path, content[:1])
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / name).write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / name)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "old"}
+    monkeypatch.undo()
+    write(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert "new" in (tmp_path / name).read_text()
+
+
+def test_texts_are_written_in_utf_8_wherever_it_is(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]\nfrom pathlib import Path\n"
+        "from nbp_engines.strict import write_json, write_text\n"
+        "write_text(Path(sys.argv[1], 'a'), 'caf\\xe9 \\u043a \\udce9'); write_json(Path(sys.argv[1], 'b'), '\\xe9')"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, tmp_path, ROOT / "engines"], env=environment, check=True)
+    assert (tmp_path / "a").read_bytes() == "caf\xe9 \u043a \\udce9".encode()
+    assert json.loads((tmp_path / "b").read_bytes()) == "\xe9"

@@ -1,15 +1,24 @@
 """Loading weights: the authors' two formats at small size, our own, and what must be refused."""
 
+import collections
+import datetime
+import decimal
+import fractions
 import json
 import os
+import re
 import subprocess
 import sys
+import types
+import uuid
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+from zipfile import ZipFile
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nbp_errors import printable
 from nbp_reference import checkpoint
 from nbp_reference.config import MODELS, TOKENIZERS, BlockShape, Latent, ModelConfig, TextCondition
 from nbp_reference.errors import CheckpointError
@@ -313,3 +323,312 @@ def test_the_bundled_model_is_the_one_for_the_block(tmp_path: Path, monkeypatch:
     assert tokenizer.config == TOKENIZERS["nbp-tiny"]
     with pytest.raises(CheckpointError, match=r"block 1x4x4; there are: (1x1x4, 2x2x2|2x2x2, 1x1x4)"):
         checkpoint.bundled(BlockShape(1, 4, 4))
+
+
+# What wrappers make of a key of the authors': outside of everything, around the generator, around each layer.
+WRAPPED: dict[str, tuple[str, str]] = {
+    "compiled": ("^", "_orig_mod."),
+    "compiled_inside": ("^transformer.", "transformer._orig_mod."),
+    "deepspeed": ("^", "_forward_module."),
+    "deepspeed_over_parallel": ("^", "_forward_module.module."),
+    "parallel_over_compiled": ("^", "module._orig_mod."),
+    "a_module_of_their_own": ("^", "model."),
+    "a_module_of_their_own_compiled": ("^", "model._orig_mod."),
+    "a_module_in_place_of_the_transformer": ("^transformer.", "model."),
+    "inside_and_outside": ("^transformer.", "_forward_module.transformer._orig_mod."),
+    "parallel_inside": ("^transformer.", "transformer.module."),
+    "each_layer_compiled": (r"(blocks\.\d+)\.", r"\1._orig_mod."),
+    "each_layer_sharded_and_checkpointed": (
+        r"(blocks\.\d+)\.",
+        r"\1._fsdp_wrapped_module._checkpoint_wrapped_module.",
+    ),
+    "no_prefix_at_all": ("^transformer.", ""),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_the_prefixes_of_wrappers(case: str, generator: NextBlockTransformer, tmp_path: Path) -> None:
+    data = lightning(generator)
+    data["state_dict"] = {re.sub(*WRAPPED[case], key): value for key, value in data["state_dict"].items()}
+    assert_same_weights(checkpoint.load(written(data, tmp_path / "a.ckpt")).generator, generator)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "_forward_module."])
+@pytest.mark.usefixtures("_small_official_tokenizer")
+def test_the_prefixes_of_a_tokenizers_wrappers(prefix: str, tokenizer: VideoTokenizer, tmp_path: Path) -> None:
+    state = {prefix + key: value for key, value in tokenizer.state_dict().items()}
+    loaded = checkpoint.load(written({"model_state_dict": state}, tmp_path / "a.pt"))
+    assert_same_weights(loaded.tokenizer, tokenizer)
+
+
+@pytest.mark.usefixtures("_small_official_tokenizer")
+def test_generator_and_tokenizer_may_be_wrapped_differently(
+    generator: NextBlockTransformer, tokenizer: VideoTokenizer, tmp_path: Path
+) -> None:
+    data = lightning(generator)
+    state = {f"_orig_mod.{key}": value for key, value in data["state_dict"].items()}
+    state |= {f"first_stage_model.module.{key}": value for key, value in tokenizer.state_dict().items()}
+    loaded = checkpoint.load(written(data | {"state_dict": state}, tmp_path / "a.ckpt"))
+    assert_same_weights(loaded.generator, generator)
+    assert_same_weights(loaded.tokenizer, tokenizer)
+
+
+DISAGREEING: dict[str, tuple[str, str, list[str]]] = {
+    "one_key_has_it": (
+        r"^transformer\.head",
+        "_orig_mod.transformer.head",
+        ["do not agree", "'transformer.pos_emb'", "'_orig_mod.transformer.head.weight'"],
+    ),
+    "one_key_of_a_layer": (
+        r"(blocks\.1)\.ln1\.bias",
+        r"\1._orig_mod.ln1.bias",
+        ["do not agree", "'transformer.blocks.1._orig_mod.ln1.bias'"],
+    ),
+    "a_prefix_that_nobody_knows": (
+        "^",
+        "net.",
+        ["no weights of a generator", "'net.transformer.tok_emb.weight'", "and 34 more"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREEING)
+def test_keys_that_do_not_agree_are_shown(case: str, generator: NextBlockTransformer, tmp_path: Path) -> None:
+    pattern, replacement, parts = DISAGREEING[case]
+    data = lightning(generator)
+    data["state_dict"] = {re.sub(pattern, replacement, key): value for key, value in data["state_dict"].items()}
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(written(data, tmp_path / "a.ckpt"))
+    assert not [part for part in parts if part not in error.value.message], error.value.message
+
+
+def averaged(model: NextBlockTransformer) -> NextBlockTransformer:
+    copy = NextBlockTransformer(model.config).eval()
+    copy.load_state_dict({key: value * 0.5 for key, value in model.state_dict().items()})
+    return copy
+
+
+def dotless(key: str) -> str:
+    return key.replace(".", "")
+
+
+# Where training code keeps an average of the weights: among the keys of the state dict, or beside it.
+Layout = Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]
+AVERAGES: dict[str, tuple[str, Layout]] = {
+    "buffers_without_dots": (
+        "model_ema.",
+        lambda data, ema: inside(data, {f"model_ema.{dotless(key)}": value for key, value in ema.items()}),
+    ),
+    "buffers_of_the_whole_module": (
+        "model_ema.",
+        lambda data, ema: inside(data, {f"model_ema.transformer{dotless(key)}": value for key, value in ema.items()}),
+    ),
+    "an_averaged_model": (
+        "ema_model.",
+        lambda data, ema: inside(data, {f"ema_model.module.transformer.{key}": value for key, value in ema.items()}),
+    ),
+    "a_second_transformer": (
+        "transformer_ema.",
+        lambda data, ema: inside(data, {f"transformer_ema.{key}": value for key, value in ema.items()}),
+    ),
+    "compiled": (
+        "_orig_mod.ema.",
+        lambda data, ema: inside(data, {f"_orig_mod.ema.transformer.{key}": value for key, value in ema.items()}),
+    ),
+    "beside": ("ema", lambda data, ema: data | {"ema": {f"transformer.{key}": value for key, value in ema.items()}}),
+    "beside_as_a_state_dict": ("state_dict_ema", lambda data, ema: data | {"state_dict_ema": ema}),
+    "beside_with_its_decay": (
+        "model_ema",
+        lambda data, ema: data | {"model_ema": {"decay": 0.999, "n_averaged": 4, "module": ema}},
+    ),
+    "kept_by_a_callback": (
+        "ema_weights",
+        lambda data, ema: data | {"callbacks": {"Averaging": {"ema_weights": ema}, "Other": {"best": 1}}},
+    ),
+}
+
+
+def inside(data: dict[str, Any], copy: dict[str, Tensor]) -> dict[str, Any]:
+    name = next(iter(copy)).partition("ema")[0] + "ema."
+    counts = {f"{name}decay": torch.tensor(0.999), f"{name}num_updates": torch.tensor(7)}
+    if name not in next(iter(copy)):
+        name = next(iter(copy)).partition(".")[0]
+        counts = {f"{name}.n_averaged": torch.tensor(7), f"{name}.initted": torch.tensor([True])}
+    return data | {"state_dict": counts | data["state_dict"] | copy}
+
+
+@pytest.mark.parametrize("case", AVERAGES)
+def test_an_average_beside_the_weights(case: str, generator: NextBlockTransformer, tmp_path: Path) -> None:
+    name, layout = AVERAGES[case]
+    ema = averaged(generator)
+    path = written(layout(lightning(generator), dict(ema.state_dict())), tmp_path / "a.ckpt")
+    plain, taken = checkpoint.load(path), checkpoint.load(path, ema=True)
+    assert plain.averages == taken.averages == (name,)
+    assert_same_weights(plain.generator, generator)
+    assert_same_weights(taken.generator, ema)
+
+
+def test_an_average_that_is_not_there_or_not_whole(generator: NextBlockTransformer, tmp_path: Path) -> None:
+    data, ema = lightning(generator), dict(averaged(generator).state_dict())
+    copy = {f"ema.{key}": value for key, value in ema.items()}
+
+    def refused(changes: dict[str, Any], message: str, ema: bool = True) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load(written(data | changes, tmp_path / "a.ckpt"), ema=ema)
+
+    refused({}, "holds no EMA copy of the weights: leave out --ema")
+    refused({"ema": {0: torch.zeros(2)}}, "holds no EMA copy")
+    refused({"ema": {"other.weight": torch.zeros(2)}}, "holds no EMA copy")
+    refused({"ema": {"shadow_params": [*ema.values()]}}, "holds no EMA copy")
+    refused({"ema_1": ema, "ema_2": ema}, "several EMA copies of the weights, 'ema_1', 'ema_2'")
+    refused({"state_dict": copy}, "all weights in it are an EMA copy, 'ema.': --ema takes it", ema=False)
+    del copy["ema.ln_f.bias"]
+    refused({"state_dict": data["state_dict"] | copy}, r"ln_f\.bias: expected \[32\], found nothing")
+    checkpoint.save(generator, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="holds no EMA copy"):
+        checkpoint.load(tmp_path / "a.safetensors", ema=True)
+
+
+@pytest.mark.usefixtures("_small_official_tokenizer")
+def test_an_average_of_a_tokenizer(tokenizer: VideoTokenizer, tmp_path: Path) -> None:
+    state = {f"module.{key}": value for key, value in tokenizer.state_dict().items()}
+    ema = {key: value * 2 for key, value in state.items()}
+    path = written({"model_state_dict": state, "ema_state_dict": ema}, tmp_path / "a.pt")
+    assert_same_weights(checkpoint.load(path).tokenizer, tokenizer)
+    taken = checkpoint.load(path, ema=True).tokenizer
+    assert taken is not None
+    first = next(iter(tokenizer.state_dict()))
+    assert torch.equal(taken.state_dict()[first], tokenizer.state_dict()[first] * 2)
+
+
+# What people's arguments hold besides numbers; none of it is needed, and none of it is code.
+HARMLESS: dict[str, object] = {
+    "numpy_float": np.float64(1e-4),
+    "numpy_float_of_32_bits": np.float32(0.5),
+    "numpy_integer": np.int64(3),
+    "numpy_true": np.True_,
+    "numpy_text": np.str_("a"),
+    "numpy_array": np.array([0.9, 0.95]),
+    "numpy_array_of_big_endians": np.arange(3, dtype=">i4"),
+    "numpy_array_of_nothing": np.zeros(0),
+    "numpy_array_of_objects": np.array([None, "a"], dtype=object),
+    "numpy_dtype": np.dtype("float32"),
+    "numpy_kind": np.float32,
+    "posix_path": PurePosixPath("/data/k600"),
+    "windows_path": PureWindowsPath("C:/data"),
+    "path_of_this_system": Path("/data/k600"),
+    "torch_dtype": torch.bfloat16,
+    "torch_device": torch.device("cuda", 0),
+    "torch_size": torch.Size([2, 3]),
+    "date": datetime.datetime(2025, 2, 11, tzinfo=datetime.UTC),
+    "duration": datetime.timedelta(hours=3),
+    "decimal": decimal.Decimal("0.1"),
+    "fraction": fractions.Fraction(1, 3),
+    "uuid": uuid.UUID(int=7),
+    "default_dictionary": collections.defaultdict(list, {"a": [1]}),
+    "queue": collections.deque([1, 2], maxlen=3),
+    "range": range(5),
+    "slice": slice(1, None),
+    "frozen_set": frozenset(["a"]),
+    "set": {"a"},
+    "bytes": b"",
+    "complex": 1j,
+    "namespace": types.SimpleNamespace(a=1),
+    "nested": {"paths": [Path("/a"), {"lr": np.float32(1)}]},
+}
+
+
+@pytest.mark.parametrize("place", ["args", "hyper_parameters", "callbacks"])
+@pytest.mark.parametrize("case", HARMLESS)
+def test_harmless_objects(case: str, place: str, generator: NextBlockTransformer, tmp_path: Path) -> None:
+    value = HARMLESS[case]
+    data = lightning(generator, **({"extra": value} if place == "args" else {}))
+    if place == "hyper_parameters":
+        data["hyper_parameters"]["extra"] = value
+    if place == "callbacks":
+        data["callbacks"] = {"ModelCheckpoint": {"best": value}}
+    assert_same_weights(checkpoint.load(written(data, tmp_path / "a.ckpt")).generator, generator)
+
+
+@pytest.mark.parametrize("names", ["numpy.core.multiarray", "pathlib._local"])
+def test_harmless_objects_as_other_versions_write_them(
+    names: str, generator: NextBlockTransformer, tmp_path: Path
+) -> None:
+    """numpy 1 and Python 3.13 have other names for the same constructors."""
+    ours = {"numpy.core.multiarray": "numpy._core.multiarray", "pathlib._local": "pathlib"}[names]
+    path = written(lightning(generator, lr=np.float64(1), root=Path("/x")), tmp_path / "a.ckpt")
+    with ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    theirs = entries["a/data.pkl"].replace(f"c{ours}\n".encode(), f"c{names}\n".encode())
+    assert theirs != entries["a/data.pkl"]
+    with ZipFile(path, "w") as archive:
+        for name, content in (entries | {"a/data.pkl": theirs}).items():
+            archive.writestr(name, content)
+    assert_same_weights(checkpoint.load(path).generator, generator)
+
+
+def test_numbers_of_numpys_count_as_numbers(generator: NextBlockTransformer, tmp_path: Path) -> None:
+    changes = {"n_layer": np.int64(2), "n_head": np.uint8(4), "hybrid": np.False_, "unconditional": np.True_}
+    data = lightning(generator, **changes, token_number_per_step=np.array([16], ">i4")[0])
+    loaded = checkpoint.load(written(data, tmp_path / "a.ckpt"))
+    assert loaded.generator is not None
+    assert loaded.generator.config == replace(CONFIG, block=BlockShape(1, 1, 16))
+    for name, value, message in [
+        ("n_layer", np.float64(2), "n_layer is 2.0, expected a positive integer"),
+        ("n_layer", np.array([2]), "n_layer is an object, expected a number"),
+        ("hybrid", np.array([0]), "hybrid is an object, expected a number or true or false"),
+        ("unconditional", np.str_("no"), "unconditional is an object"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load(written(lightning(generator, **{name: value}), tmp_path / "a.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with:colon.ckpt",
+        "x[ema].ckpt",
+        "[bold]x[red].ckpt",
+        "new\nline.ckpt",
+        "-dash.ckpt",
+        "a b'c\"d$e.ckpt",
+        "narrow\u202fspace.ckpt",
+        "ключ.ckpt",
+        os.fsdecode(b"caf\xe9.ckpt"),
+        os.fsdecode(b"caf\xe9.safetensors"),
+        "x" * 250 + ".ckpt",
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize("kind", ["authors", "ours"])
+def test_any_name(
+    name: str, kind: str, generator: NextBlockTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "authors":
+        written(lightning(generator), tmp_path / "a")
+    else:
+        checkpoint.save(generator, tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.load(Path(name)).generator is not None
+    Path(name).write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match="neither") as error:
+        checkpoint.load(Path(name))
+    assert error.value.message == printable(error.value.message)
+
+
+def test_saving_where_there_is_no_room_leaves_nothing(
+    generator: NextBlockTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: Path) -> None:
+        assert path.exists()
+        raise OSError(28, "No space left on device")
+
+    checkpoint.save(generator, tmp_path / "old.safetensors")
+    before = (tmp_path / "old.safetensors").read_bytes()
+    monkeypatch.setattr(Path, "replace", full)
+    for name in ("old.safetensors", "new.safetensors"):
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.save(generator, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.safetensors"]
+    assert (tmp_path / "old.safetensors").read_bytes() == before

@@ -5,6 +5,7 @@
 
 import argparse
 import builtins
+import collections
 import functools
 import gzip
 import io
@@ -13,6 +14,7 @@ import operator
 import os
 import pickle
 import struct
+import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -597,7 +600,30 @@ GADGETS: dict[str, Callable[[Path], object]] = {
     "namespace_subclass": lambda marker: Arguments(marker=str(marker)),
     "builtins.open": lambda marker: Call(builtins.open, str(marker), "w"),
     "numpy.save": lambda marker: Call(__import__("numpy").save, str(marker), 0),
+    "numpy.memmap": lambda marker: Call(np.memmap, str(marker), "u1", "w+", 0, 1),
+    "numpy.load": lambda marker: Call(np.load, pickled_array(marker), None, True),
+    "pathlib.Path.touch": lambda marker: Call(Path.touch, marker),
+    "pathlib.Path.write_text": lambda marker: Call(Path.write_text, marker, "here"),
 }
+
+
+def pickled_array(marker: Path) -> str:
+    """A numpy file whose array is a gadget."""
+    path = marker.with_suffix(".inner")
+    with path.open("wb") as file:
+        np.save(file, np.array(Call(os.mkdir, str(marker)), dtype=object), allow_pickle=True)
+    return str(path)
+
+
+def inside_harmless(gadget: object) -> dict[str, object]:
+    """A gadget among what the allowed constructors would build their objects from."""
+    return {
+        "array": np.array([gadget], dtype=object),
+        "default_dictionary": collections.defaultdict(list, {"a": gadget}),
+        "queue": collections.deque([gadget]),
+        "namespace": types.SimpleNamespace(a=gadget),
+        "named_arguments": argparse.Namespace(a=gadget),
+    }
 
 
 def attribute(data: dict[str, Any], gadget: object) -> object:
@@ -641,6 +667,52 @@ def test_no_code_runs(gadget: str, place: str, model: NextBlockTransformer, tmp_
     assert not list((tmp_path / "made").iterdir())
 
 
+@pytest.mark.parametrize("place", inside_harmless(0))
+@pytest.mark.parametrize("gadget", ["os.system", "eval", "functools.partial", "numpy.save", "pathlib.Path.touch"])
+def test_no_code_runs_inside_harmless_objects(
+    gadget: str, place: str, model: NextBlockTransformer, tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    data = lightning(model, extra=inside_harmless(GADGETS[gadget](tmp_path / "made" / "marker"))[place])
+    torch.save(data, tmp_path / "a.ckpt")
+    refused(tmp_path / "a.ckpt", "cannot be read without running code from it: it asks for '")
+    assert not list((tmp_path / "made").iterdir())
+
+
+class Mine:
+    """An object of a training script's own class, as people's arguments hold them."""
+
+    def __init__(self) -> None:
+        self.learning_rate = 1e-4
+
+
+@pytest.mark.parametrize("kind", ["generator", "tokenizer"])
+@pytest.mark.parametrize("place", ["beside", "inside"])
+def test_the_script_in_the_refusal_cures(
+    kind: str, place: str, model: NextBlockTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = filled(VideoTokenizer(TOKENIZERS["nbp-tiny"]))
+    data: dict[str, Any] = lightning(model) if kind == "generator" else {"model_state_dict": tokenizer.state_dict()}
+    if place == "beside":
+        data["callbacks"] = Mine()
+    elif kind == "generator":
+        data["hyper_parameters"]["args"].extra = Mine()
+    else:
+        data["model_state_dict"] = {**data["model_state_dict"], "extra": Mine()}
+    torch.save(data, tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match="Where you trust whoever made it") as error:
+        checkpoint.load(tmp_path / "old.ckpt")
+    script = error.value.message.partition("with Python: ")[2]
+    assert len(script.split("; ")) == 3
+    monkeypatch.chdir(tmp_path)
+    exec(script.replace("OLD", "old.ckpt").replace("NEW", "new.ckpt"), {})
+    loaded = checkpoint.load(tmp_path / "new.ckpt")
+    cured = loaded.generator if kind == "generator" else loaded.tokenizer
+    assert cured is not None
+    due = (model if kind == "generator" else tokenizer).state_dict()
+    assert all(torch.equal(value, due[key]) for key, value in cured.state_dict().items())
+
+
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("form", ["old_torch", "pickle", "zip"])
 def test_no_code_runs_in_any_form_of_pickle(
@@ -665,6 +737,19 @@ OPCODES: dict[str, bytes] = {
     "global_through_torch": b"ctorch\nos.system\n" + TOUCH + b"tR",
     "global_through_an_alias": b"cposixpath\nos.system\n" + TOUCH + b"tR",
     "global_of_a_method": b"cargparse\nNamespace.__class__\n" + TOUCH + b"tR",
+    "an_array_beyond_memory": b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
+    b"(J\xff\xff\xff\x7fJ\xff\xff\xff\x7ftX\x01\x00\x00\x00btR",
+    "an_array_of_a_class_that_writes": b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nmemmap\n"
+    b"(K\x01tX\x06\x00\x00\x00markertR",
+    "a_function_of_numpys": b"cnumpy\nsave\n" + TOUCH + b"tR",
+    "a_function_of_an_allowed_class": b"cnumpy\nndarray.tofile\n" + TOUCH + b"tR",
+    "a_method_of_a_path": b"cpathlib\nPosixPath.touch\n(X\x06\x00\x00\x00markertR",
+    "a_path_that_is_built": b"cpathlib\nPosixPath\n(X\x06\x00\x00\x00markertR}X\x05\x00\x00\x00touch"
+    b"X\x06\x00\x00\x00markersb",
+    "our_own_stand_in": b"cnbp_reference.pickled\nunpickled\n" + TOUCH + b"tR",
+    "a_dtype_of_nonsense": b"cnumpy\ndtype\n(K\x01K\x02K\x03tR(K\x01tb",
+    "a_scalar_of_nonsense": b"cnumpy._core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x02\x00\x00\x00i8tR"
+    b"X\x02\x00\x00\x00i8tR",
     "an_argument_parser": b"cargparse\nArgumentParser\n)R",
     "a_file_type": b"cargparse\nFileType\n)R",
     "a_new_argument_parser": b"cargparse\nArgumentParser\n)\x81",

@@ -1,0 +1,32 @@
+"""Commands that a message shows, spelled so that a shell reads back exactly the names that were meant."""
+
+import shlex
+from pathlib import Path
+
+from nbp_errors import printable
+
+
+def command_line(*words: object) -> str:
+    """The words as one line for a shell; a path that begins with a dash gets `./` in front.
+
+    What cannot be printed is written as bash, ksh and zsh read it, in `$'…'` with escapes.
+    """
+    return " ".join(_quoted(f"./{word}" if isinstance(word, Path) and str(word)[0] == "-" else word) for word in words)
+
+
+def _quoted(word: object) -> str:
+    text = str(word)
+    if text == printable(text):
+        return shlex.quote(text)
+    return f"$'{''.join(map(_escaped, text))}'"
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if character in "\\'":
+        return f"\\{character}"
+    if character == printable(character):
+        return character
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
