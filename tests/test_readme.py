@@ -3,7 +3,7 @@
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from nbp_bench.cli import main as nbp_bench
 from nbp_export.cli import main as nbp_export
 from nbp_reference import clips
 from nbp_reports import markdown, record, table
+from tests.conftest import Ran
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"nbp-export": nbp_export, "nbp-bench": nbp_bench}
@@ -47,7 +48,7 @@ def _documented() -> list[list[str]]:
 
 
 def test_the_commands_and_code_of_all_pages_run_in_this_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ran: Callable[[str], Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exports, engines, videos, inspection, proof; comparisons have tests of their own."""
     pytest.importorskip("tensorrt_rtx", reason="pip install 'nbp-export[trt-rtx]'")
@@ -56,6 +57,10 @@ def test_the_commands_and_code_of_all_pages_run_in_this_order(
     tour = [w for w in _commands("console") if w[0] in COMMANDS and not {"--sizes", "--blocks"} & set(w)]
     said = {}
     for words in tour:
+        if words[1] in ("onnx", "trt"):  # other tests look at what they leave, too
+            said[words[1]], folder = ran(" ".join(words[1:]))
+            shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+            continue
         result = CliRunner().invoke(COMMANDS[words[0]], words[1:])
         assert result.exit_code == 0, (words, result.output)
         said[words[1]] = result.output

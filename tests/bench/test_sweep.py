@@ -1,19 +1,23 @@
 """The `nbp-bench` command from end to end: rows, reports, what fails, and what a bare machine still measures."""
 
 import json
+import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from nbp_bench import measure, run
+from nbp_bench import measure, run, worker
 from nbp_bench.cli import main
 from nbp_bench.engines import PYTORCH, engines
 from nbp_bench.measure import Host
@@ -37,6 +41,22 @@ def silent(stage: str, turns: int = 0) -> None:
     """Take no notice of a stage."""
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[object]:
+    """Processes that begin with torch imported; it takes most of the time of those that begin with nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    yield SimpleNamespace(get_context=lambda _: context)
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def quick(forks: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test does as users do is left out: the golden self-check, and processes that begin with nothing."""
+    monkeypatch.setattr(run, "check_golden", lambda: None)
+    monkeypatch.setattr(worker, "multiprocessing", forks)
+
+
 def bench(out: Path, *options: str, code: int = 0) -> tuple[list[Record], str]:
     done = CliRunner().invoke(main, [*options, "--clips", "1", "--threads", "1", "--out", str(out)])
     assert done.exit_code == code, done.output
@@ -44,7 +64,7 @@ def bench(out: Path, *options: str, code: int = 0) -> tuple[list[Record], str]:
     return record.read(out / "records.jsonl"), " ".join(done.output.split())
 
 
-def test_the_bundled_models_in_every_engine_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_models_in_every_engine_of_a_cpu(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     records, output = bench(tmp_path, "--sizes", "256")
     assert [(r.engine, r.role) for r in records] == [("naive", "baseline"), ("eager", "reference"), ("ort-cpu", None)]
     assert "golden tokens of the authors' implementation, L=1: equal on this machine" in output
@@ -63,7 +83,7 @@ def test_the_bundled_models_in_every_engine_of_a_cpu(tmp_path: Path, monkeypatch
     for name in ("fps_by_block.png", "clips.png", "log.txt"):
         assert (tmp_path / name).stat().st_size > 100
 
-    monkeypatch.setattr(run, "check_golden", lambda: None)
+    request.getfixturevalue("quick")
     # Again without the reference: the bundle is still there, and nothing was compared.
     (row,), output = bench(tmp_path, "--sizes", "256", "--engines", "ort-cpu")
     assert "export" not in output
@@ -79,6 +99,7 @@ def test_the_bundled_models_in_every_engine_of_a_cpu(tmp_path: Path, monkeypatch
     assert "nothing could be measured" in output
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_bundle_is_measured_as_it_is(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = tiny("16")
     records, output = bench(tmp_path, "--bundle", str(bundle), "--engines", "tensorrt,ort-cpu,eager")
@@ -94,6 +115,7 @@ def test_a_bundle_is_measured_as_it_is(tiny: Callable[[str], Path], tmp_path: Pa
     assert not (tmp_path / "bundles").exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_class_conditional_model(tmp_path: Path) -> None:
     (row,), _ = bench(tmp_path, "--model", "nbp-tiny-hybrid", "--sizes", "16", "--engines", "eager", "--batch", "2")
     assert row.trained
@@ -104,6 +126,7 @@ def test_a_class_conditional_model(tmp_path: Path) -> None:
     assert (tmp_path / "clips.png").exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_one_entry_makes_a_runtime(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +136,7 @@ def test_one_entry_makes_a_runtime(
     assert "fake" in CliRunner().invoke(nbp_export, ["verify", "--help"]).output
     assert "a runtime of the tests" in CliRunner().invoke(main, ["--help"]).output
     assert "fake" in CliRunner().invoke(main, ["generate", "--help"]).output
-    bundle = tiny("256")
+    bundle = Path(shutil.copytree(tiny("256"), tmp_path / "bundle"))
     done = CliRunner().invoke(nbp_export, ["verify", str(bundle), "--runtime", "fake"])
     assert done.exit_code == 0, done.output
     receipt = json.loads((bundle / "receipt.json").read_text())
@@ -121,7 +144,7 @@ def test_one_entry_makes_a_runtime(
     assert receipt["executed"] == "in fp32 by a fake of version 7"
     assert "pytest" in receipt["versions"]
     CliRunner().invoke(nbp_export, ["verify", str(bundle)])  # by ONNX Runtime again
-    records, _ = bench(tmp_path, "--bundle", str(bundle), "--engines", "dying,fake")
+    records, _ = bench(tmp_path / "out", "--bundle", str(bundle), "--engines", "dying,fake")
     died, fake = records
     assert died.not_measured == "its process died with exit code 3"
     assert fake.fps
@@ -171,6 +194,7 @@ def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
     assert measured.record.not_measured == "the time was up"
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
@@ -185,7 +209,6 @@ def test_what_cannot_be_found_ends_before_it_begins(
     options: list[str], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "check_golden", lambda: None)
     Path("not.mp4").write_text("no video")
     done = CliRunner().invoke(main, [*options, "--engines", "eager"])
     assert done.exit_code == code, done.output
@@ -223,6 +246,7 @@ def test_an_engine_that_draws_otherwise_is_not_the_model(monkeypatch: pytest.Mon
     assert "sample at cache_pos" in found.where
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_error_without_bounds_is_a_number_of_json_and_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,8 +26,8 @@ from nbp_export.cli import main
 from nbp_export.onnx_bundle import export
 from nbp_export.parity import ParityError, Reference, check_bundle
 from nbp_export.proof import prove_again
-from nbp_export.request import Request
-from nbp_export.sources import Source, find
+from nbp_export.sources import Source
+from tests.conftest import Ran
 from tests.engines.emulated import Gpu, emulated, with_engines
 from tests.engines.test_sample_cu import by_kernel
 from tests.export.support import Exported
@@ -61,9 +61,17 @@ def frames(bundle: Bundle) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    source = find(Request(None, None, None, None, "1x1x16", False))
-    return with_engines(export(source, tmp_path_factory.mktemp("tiny") / "bundle", "fp16", one_graph=True))
+def tiny(ran: Callable[[str], Ran], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundled model with emulated engines in place of TensorRT's."""
+    made = ran("trt --block 1x1x16 --out tiny-16-sm80").folder / "tiny-16-sm80"
+    return with_engines(Bundle.open(Path(shutil.copytree(made, tmp_path_factory.mktemp("tiny") / "bundle"))))
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The authors' golden model."""
+    source = Source("ucf", golden_hybrid(), None, True, "golden")
+    return with_engines(export(source, tmp_path_factory.mktemp("golden") / "bundle", "fp32", one_graph=True))
 
 
 @pytest.mark.parametrize("runtime", GPU_RUNTIMES)
@@ -81,10 +89,9 @@ def test_nbp_tiny_predicts_what_it_does_on_the_cpu(tiny: Bundle, gpu: Gpu, runti
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("runtime", GPU_RUNTIMES)
-def test_the_authors_hybrid_draws_its_golden_tokens(runtime: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    case, out = golden("ucf_L4"), tmp_path_factory.mktemp("golden") / "bundle"
-    bundle = with_engines(export(Source("ucf", golden_hybrid(), None, True, "golden"), out, "fp32", one_graph=True))
-    with open_session(bundle, runtime=runtime) as session:
+def test_the_authors_hybrid_draws_its_golden_tokens(runtime: str, hybrid: Bundle) -> None:
+    case = golden("ucf_L4")
+    with open_session(hybrid, runtime=runtime) as session:
         for clip in Generator(session, GREEDY).blocks(case["text"].numpy().astype(np.int64)):
             found = clip
     assert np.array_equal(found, case["greedy"].numpy())
@@ -288,7 +295,7 @@ def test_a_library_that_is_not_installed(engines: Callable[..., Exported]) -> No
 
 def test_a_bundle_without_engines(exported: Exporter) -> None:
     with pytest.raises(EngineError, match=rf"has no engines: it was made by `{MADE} .*`; `nbp-export trt` with"):
-        open_session(exported("1x1x4").bundle, runtime="tensorrt")
+        open_session(exported("1x1x4", tokenizer=True).bundle, runtime="tensorrt")
 
 
 def test_an_engine_that_does_not_load(engines: Callable[..., Exported], gpu: Gpu) -> None:
@@ -438,13 +445,13 @@ def test_the_cpus_onnx_runtime_is_refused(exported: Exporter) -> None:
     """For real."""
     words = r"ONNX Runtime .* here is the CPU's.*pip uninstall onnxruntime, then pip install 'nbp-export\[gpu\]'"
     with pytest.raises(EngineError, match=words):
-        open_session(exported("1x1x4").bundle, runtime="ort-cuda")
+        open_session(exported("1x1x4", tokenizer=True).bundle, runtime="ort-cuda")
 
 
 def test_a_silent_fallback_is_refused(exported: Exporter) -> None:
     with emulated(Gpu(), took="CPUExecutionProvider") as gpu:
         with pytest.raises(EngineError, match="took CPUExecutionProvider in place of what was asked for"):
-            open_session(exported("1x1x4").bundle, runtime="ort-cuda")
+            open_session(exported("1x1x4", tokenizer=True).bundle, runtime="ort-cuda")
         assert gpu.device == {}
         assert gpu.handles == {}
 
@@ -461,4 +468,4 @@ def test_without_onnx_runtime_the_pip_command_is_told(exported: Exporter, monkey
     monkeypatch.setattr(ort, "find_spec", lambda _: None)
     for runtime, extra in (("ort-cpu", "cpu"), ("ort-cuda", "gpu")):
         with pytest.raises(EngineError, match=rf"pip install 'nbp-export\[{extra}\]'"):
-            open_session(exported("1x1x4").bundle, runtime=runtime)
+            open_session(exported("1x1x4", tokenizer=True).bundle, runtime=runtime)

@@ -11,26 +11,30 @@ import pytest
 from nbp_engines.bundle import Bundle
 from nbp_export.graphs import TORCH_DTYPES
 from nbp_export.onnx_bundle import export
+from tests.conftest import Shared
 from tests.export.support import Exported, source
 
 Exporter = Callable[..., Exported]
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
+def exported(shared: Shared) -> Exporter:
     """`exported(block, dtype="fp32", batch=1, tokenizer=False, latent=(5, 4, 4), one_graph=False)`, made once each."""
 
     @cache
     def make(
         block: str, dtype: str, batch: int, tokenizer: bool, latent: tuple[int, int, int], one_graph: bool
     ) -> Exported:
-        out = tmp_path_factory.mktemp("bundles") / f"small-{block}-{dtype}"
-        bundle = export(source(block, tokenizer, latent), out, dtype, batch, one_graph=one_graph)
+        shape = "x".join(map(str, latent))
+        name = f"small-{block}-{dtype}-{batch}-{shape}{'-tokenizer' * tokenizer}{'-one' * one_graph}"
         model = source(block, tokenizer, latent)
+        path = shared(
+            name, lambda out: export(source(block, tokenizer, latent), out, dtype, batch, one_graph=one_graph)
+        )
         for part in (model.generator, model.tokenizer):
             if part:
                 part.to(TORCH_DTYPES[dtype]).float()
-        return Exported(bundle, model)
+        return Exported(Bundle.open(path), model)
 
     def exported(
         block: str,

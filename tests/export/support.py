@@ -1,14 +1,20 @@
 """Small models to export, and ONNX Runtime driven by hand, without any of our own session code."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from torch import nn
 
 from nbp_engines.bundle import MANIFEST, Bundle
 from nbp_engines.manifest import File
+from nbp_engines.spec import GraphSpec
+from nbp_export.graphs import trace
 from nbp_export.sources import Source
 from nbp_reference.config import BlockShape, Latent, ModelConfig, Stage, TokenizerConfig
 from nbp_reference.model import NextBlockTransformer, tensor_scatter_
@@ -63,6 +69,19 @@ def rubbish(bundle: Bundle) -> dict[str, np.ndarray]:
         for layer in range(spec.layers)
         for kv in "kv"
     }
+
+
+def traced_once(traced: Callable[..., ir.Model] = trace) -> Callable[..., ir.Model]:
+    """In place of `trace`, for one and the same model throughout: each of its graphs is traced once."""
+    known: dict[tuple[GraphSpec, bool], bytes] = {}
+
+    def trace_or_read(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> ir.Model:
+        if (spec, free_tokens) not in known:
+            graph = ir.to_proto(traced(module, spec, free_tokens))
+            known[spec, free_tokens] = graph.SerializeToString()
+        return ir.from_proto(onnx.load_from_string(known[spec, free_tokens]))
+
+    return trace_or_read
 
 
 class HandDriven:

@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,20 @@ from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
 from nbp_engines.errors import BundleError
 from nbp_engines.strict import write_bytes, write_json, write_text
 from nbp_errors import NbpError, UsageError
+from nbp_export import onnx_bundle
 from nbp_export.cli import main
 from nbp_export.onnx_bundle import _appearing, export
-from tests.export.support import source
+from tests.export.support import source, traced_once
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """All of these exports are of one model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_bundle, "trace", traced_once())
+        yield
 
 
 @pytest.mark.parametrize(
@@ -155,6 +164,15 @@ def found():
 
 """
 AT_THE_LAST_CHECK = """
+from nbp_export import onnx_bundle
+from nbp_export.graphs import graph_module, system_spec
+from tests.export.support import traced_once
+onnx_bundle.trace = traced_once()
+model = source("1x4x4").generator
+spec = system_spec(model.config, None, "fp32", 1)
+for name, graph in spec.generator_graphs().items():  # here, so that no child need trace them
+    onnx_bundle.trace(graph_module(spec, name, model), graph)
+
 os.waitpid(start("whole"), 0)
 pid, status = os.waitpid(start("bundle", "check step at cache_pos [48]"), 0)
 assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL

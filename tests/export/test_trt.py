@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from nbp_export.trt_library import RTX, Options
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
+from tests.conftest import Ran
 from tests.export.support import Exported
 from tests.export.test_parity import mask_with, prefill_shortcut
 from tests.support import filled, golden_hybrid
@@ -46,10 +48,30 @@ def wide(block: str) -> Source:
     return Source("small", filled(NextBlockTransformer(config)), None, True, "a test's model")
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("block", ["1x1x1", "1x1x16", "1x16x16"])
-def test_an_engine_with_two_profiles(block: str, dtype: str, tmp_path: Path) -> None:
-    bundle = export(wide(block), tmp_path / "bundle", dtype, engines=Options(arch="sm80"))
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
+    """`built(block, dtype)`: with engines for sm80."""
+
+    @cache
+    def make(block: str, dtype: str) -> Bundle:
+        return export(wide(block), tmp_path_factory.mktemp("built") / "bundle", dtype, engines=SM80)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [
+        ("1x1x1", "bf16"),
+        ("1x1x16", "fp16"),
+        ("1x16x16", "fp16"),
+        pytest.param("1x1x1", "fp16", marks=pytest.mark.slow),
+        pytest.param("1x1x16", "bf16", marks=pytest.mark.slow),
+        pytest.param("1x16x16", "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_an_engine_with_two_profiles(block: str, dtype: str, built: Callable[[str, str], Bundle]) -> None:
+    bundle = built(block, dtype)
     assert set(bundle.manifest.graphs.values()) == {GENERATOR}
     (engine,), (build,) = bundle.manifest.engines, trt.builds(bundle)
     L = bundle.manifest.spec.block_size
@@ -75,17 +97,16 @@ def test_a_hybrids_third_profile(tmp_path: Path) -> None:
     assert (engine.graphs, build.tokens) == (("prefill", "step", "step_1"), (8, 4, 1))
 
 
-def test_the_command(tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    done = CliRunner().invoke(main, ["trt", "--block", "1x1x16", "--out", str(out)])
-    assert done.exit_code == 0, done.output
-    assert "builder: TensorRT-RTX 1." in done.output
-    assert sentence("tensorrt-rtx-engines") in done.output
+def test_the_command(ran: Callable[[str], Ran]) -> None:
+    output, folder = ran("trt --block 1x1x16 --out tiny-16-sm80")
+    out = folder / "tiny-16-sm80"
+    assert "builder: TensorRT-RTX 1." in output
+    assert sentence("tensorrt-rtx-engines") in output
     seen = (
         "prefill of 512 tokens, step of 16 tokens; 10 caches updated in place, 5 attentions masked and fused, no input"
     )
-    assert seen in done.output
-    assert "not verified: the engines themselves" in done.output
+    assert seen in output
+    assert "not verified: the engines themselves" in output
     assert {path.name for path in out.glob("*.engine")} == {"encode.engine", "generator.engine", "decode.engine"}
     assert Bundle.open(out, require_receipt=True).manifest.spec.dtype == "fp16"
 
@@ -259,26 +280,27 @@ WRONG_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(wide("1x1x16"), tmp_path_factory.mktemp("built") / "bundle", "fp16", engines=SM80)
+@pytest.fixture
+def one(built: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
+    """A copy of a bundle with engines, which a test may change."""
+    bundle = built("1x1x16", "fp16")
+    return replace(bundle, path=Path(shutil.copytree(bundle.path, tmp_path / "copy")))
 
 
 @pytest.mark.parametrize("name", WRONG_BUILDS)
-def test_a_wrong_account_of_the_engines(name: str, built: Bundle, tmp_path: Path) -> None:
+def test_a_wrong_account_of_the_engines(name: str, one: Bundle) -> None:
     change, message = WRONG_BUILDS[name]
-    bundle = replace(built, path=Path(shutil.copytree(built.path, tmp_path / "copy")))
-    account = bundle.path / trt.BUILDS
+    account = one.path / trt.BUILDS
     account.write_text(json.dumps(change(json.loads(account.read_text()))))
     with pytest.raises(BundleError, match=message):
-        trt.builds(bundle)
+        trt.builds(one)
     account.unlink()
     with pytest.raises(BundleError, match="cannot be read"):
-        trt.builds(bundle)
+        trt.builds(one)
 
 
-def test_inspect_and_verify_tell_of_the_engines(built: Bundle, tmp_path: Path) -> None:
-    path = shutil.copytree(built.path, tmp_path / "copy")
+def test_inspect_and_verify_tell_of_the_engines(one: Bundle) -> None:
+    path = one.path
     told = CliRunner().invoke(main, ["inspect", str(path)])
     assert told.exit_code == 0, told.output
     words = " ".join(told.output.split())
@@ -287,7 +309,7 @@ def test_inspect_and_verify_tell_of_the_engines(built: Bundle, tmp_path: Path) -
     assert "4 kv_cache_update" in words
     assert sentence("tensorrt-rtx-engines") in words
     data = json.loads(CliRunner().invoke(main, ["inspect", "--json", str(path)]).output)
-    assert data["engines"][0]["activations"] == [*trt.builds(built)[0].activations]
+    assert data["engines"][0]["activations"] == [*trt.builds(one)[0].activations]
     proven = CliRunner().invoke(main, ["verify", str(path)])
     assert proven.exit_code == 0, proven.output
     assert "not verified: the engines themselves" in proven.output
@@ -296,16 +318,12 @@ def test_inspect_and_verify_tell_of_the_engines(built: Bundle, tmp_path: Path) -
 # Only looking.
 
 
-def test_check_counts_layers_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, ["trt", "--block", "16", "--check"])
-    assert done.exit_code == 0, done.output
-    assert re.search(
-        r"generator\.onnx: every node maps, \d+ layers: .*10 kv_cache_update, 5 attention_input", done.output
-    )
-    assert "decode.onnx: every node maps" in done.output
-    assert "not built and not compared" in done.output
-    assert list(tmp_path.iterdir()) == []
+def test_check_counts_layers_and_leaves_nothing(ran: Callable[[str], Ran]) -> None:
+    output, folder = ran("trt --block 1x1x16 --check")
+    assert re.search(r"generator\.onnx: every node maps, \d+ layers: .*10 kv_cache_update, 5 attention_input", output)
+    assert "decode.onnx: every node maps" in output
+    assert "not built and not compared" in output
+    assert list(folder.iterdir()) == []
 
 
 def test_check_lists_every_node_that_does_not_map(exported: Exporter, tmp_path: Path) -> None:
