@@ -126,14 +126,15 @@ def load_config(path: Path) -> ModelConfig:
 
 def save(model: NextBlockTransformer | VideoTokenizer, path: Path) -> None:
     """Write weights in fp16 and their config as safetensors; an interrupted write leaves the old file."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialized
 
     kind = "generator" if isinstance(model, NextBlockTransformer) else "tokenizer"
     state = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     try:
-        save_file(state, partial, {kind: json.dumps(model.config.to_json())})
+        # The library's own `save_file` leaves a file that nobody else may read, whatever the umask is.
+        partial.write_bytes(serialized(state, {kind: json.dumps(model.config.to_json())}))
         partial.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -617,6 +617,16 @@ def test_any_name(
     assert error.value.message == printable(error.value.message)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_saving_respects_the_umask(umask: int, mode: int, generator: NextBlockTransformer, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        checkpoint.save(generator, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+
+
 def test_saving_where_there_is_no_room_leaves_nothing(
     generator: NextBlockTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
