@@ -16,7 +16,7 @@ import numpy as np
 
 from nbp_bench import golden
 from nbp_bench.plan import Plan
-from nbp_bench.sweep import Measured, Report, Sweep
+from nbp_bench.sweep import COMPARISON, Measured, Report, Sweep
 from nbp_bench.video import to_uint8
 from nbp_engines.errors import EngineError
 from nbp_errors import UsageError
@@ -56,7 +56,7 @@ def check_golden() -> None:
 def run(plan: Plan) -> None:
     """Measure, print the tables, and leave records, report, log and pictures in the plan's folder.
 
-    Raises EngineError if nothing could be measured, or if an engine does not compute the model.
+    Raises EngineError if nothing could be measured, or if an engine does not compute the model, or may not.
     """
     measured: list[Measured] = []
     path = plan.out / RECORDS
@@ -81,6 +81,8 @@ def run(plan: Plan) -> None:
         raise EngineError(f"nothing could be measured; {plan.out / 'log.txt'} has the details")
     if failed := [f"{r.block} {r.dtype} {r.engine}" for r in records if r.failed]:
         raise EngineError(f"these do not compute the model, see parity_where in {path}: {', '.join(failed)}")
+    if unknown := [f"{r.block} {r.dtype} {r.engine}" for r in records if any(COMPARISON in note for note in r.notes)]:
+        raise EngineError(f"these could not be compared with the reference, see their notes: {', '.join(unknown)}")
 
 
 def _turns(plan: Plan) -> int:

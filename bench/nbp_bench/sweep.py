@@ -34,6 +34,7 @@ LEAST_CALL = 3.0  # with less, none goes on: a call that is cut off takes its pr
 CLOSE_SECONDS = 10.0  # that the end of a session may take, whatever time is left
 CASE_SHARE = 1 / 3  # of the time limit, that one call may take once the weights are loaded
 PROFILE_SECONDS = 40.0  # kept back for the profile
+COMPARISON = "comparison with the reference"
 MEMORY_SHARE = 0.7  # of what is available, that engines which take turns may fill
 
 
@@ -227,7 +228,7 @@ class Sweep(AbstractContextManager["Sweep"]):
             if why := case.engine.runtime.refusal(one.bundle):
                 raise EngineError(why)
         self._open(one, self._share() if self._worker(self._process(case)).running else self._left())
-        self._beside(one, "comparison with the reference", partial(self._compare, one))
+        self._beside(one, COMPARISON, partial(self._compare, one))
         if self.plan.steps:
             self._beside(one, "timing of single steps", partial(self._time_steps, one))
 

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from nbp_bench import measure, sweep
+from nbp_bench import run as bench_run
+from nbp_bench.cli import main
 from nbp_bench.engines import engines
 from nbp_bench.measure import Host
 from nbp_bench.plan import Plan, Subject
@@ -103,6 +106,23 @@ def test_what_a_row_can_do_without_is_a_note(run: Callable[..., tuple[list[Measu
             "timing of single steps failed: no step_times",
             "it stopped after 2 clips: no first_frame",
         ]
+
+
+def test_an_engine_that_nothing_was_compared_with_is_an_error(
+    run: Callable[..., tuple[list[Measured], Sweep]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(function: str, engine: str) -> None:
+        if (function, engine) == ("parity", "eager"):
+            raise WorkerError("no parity")
+
+    rows, _ = run(fail, names=["eager"], steps=2)
+    monkeypatch.setattr(bench_run, "check_golden", lambda: None)
+    monkeypatch.setattr(Sweep, "run", lambda _: iter([rows]))
+    done = CliRunner().invoke(main, ["--sizes", "256", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "these could not be compared with the reference" in " ".join(done.output.split())
+    assert "1x16x16 fp32 eager" in done.output
+    assert (tmp_path / "out" / "records.jsonl").exists()
 
 
 def test_the_deadline_ends_a_row_and_leaves_the_profile_its_time(

@@ -87,7 +87,9 @@ def clear(logits: np.ndarray, uniforms: np.ndarray, sampling: Sampling) -> np.nd
     """Which rows leave numpy's last digits nothing to decide."""
     if sampling.temperature == 0:
         return np.ones(len(logits), bool)
-    probs = nucleus(logits, Sampling(sampling.temperature, sampling.top_k, 2.0))  # a top-p that drops nothing
+    unlimited = Sampling(sampling.temperature, sampling.top_k, 1.0)
+    object.__setattr__(unlimited, "top_p", 2.0)  # beyond what settings may be: it drops nothing, rounding or not
+    probs = nucleus(logits, unlimited)
     ranked = -np.sort(-probs, axis=-1)
     before = ranked.cumsum(-1) - ranked
     apart = (abs(before - sampling.top_p) > CLOSE) | (sampling.top_p == 1)
