@@ -314,8 +314,6 @@ def parity(host: Host, case: "Case", bundle: Path | None) -> Parity | None:
 
     None where an engine has no graphs to compare, as the authors' loop, whose caches grow.
     """
-    import torch
-
     from nbp_export.parity import Graphs
 
     device = _torch_device(case.device)
@@ -327,8 +325,7 @@ def parity(host: Host, case: "Case", bundle: Path | None) -> Parity | None:
             return _worst(_checks(host, case, session, device))
     if not isinstance(opened.session, Graphs):
         return None
-    with torch.inference_mode():
-        return _worst(_checks(host, case, opened.session, device))
+    return _worst(_checks(host, case, opened.session, device))
 
 
 def profile(host: Host, case: "Case") -> str:
@@ -357,7 +354,7 @@ def profile(host: Host, case: "Case") -> str:
     return "\n\n".join(tables)
 
 
-def _checks(host: Host, case: "Case", session: Any, device: "torch.device") -> "Iterable[Check]":
+def _checks(host: Host, case: "Case", session: Any, device: "torch.device") -> "list[Check]":
     import torch
 
     from nbp_export.parity import Reference, check_graphs, compare
@@ -371,15 +368,15 @@ def _checks(host: Host, case: "Case", session: Any, device: "torch.device") -> "
         _find_convolutions(session)
     with torch.inference_mode(), _steady_convolutions():
         steps = [name for name, kind in kinds.items() if kind is GraphKind.BLOCK_STEP]
-        yield from check_graphs(session, steps, reference, rng)
-        yield _drawn(session, compare)
+        checks = [*check_graphs(session, steps, reference, rng), _drawn(session, compare)]
         if reference.tokenizer:
             # PyTorch engines of a dtype share one tokenizer, which is compared once.
             key = (type(getattr(session, "tokenizer", session)), case.subject.bundle, case.dtype, device)
             if key not in host.tokenizer_checks:
                 names = [name for name, kind in kinds.items() if kind is not GraphKind.BLOCK_STEP]
                 host.tokenizer_checks[key] = [*check_graphs(session, names, reference, rng)]
-            yield from host.tokenizer_checks[key]
+            checks += host.tokenizer_checks[key]
+    return checks
 
 
 def _drawn(session: Any, compare: Any) -> "Check":

@@ -397,6 +397,16 @@ def test_swapped_cache_contents_are_caught_where_the_logits_cannot_tell(
     caught(resealed(bundle), exported("1x2x2", batch=2), "prefill", "k_cache_1_out")
 
 
+def test_whoever_reads_the_checks_is_left_in_no_other_mode(exported: Exporter) -> None:
+    made = exported("1x2x2", batch=2)
+    checks = check_bundle(made.bundle, Reference(made.source.generator))
+    next(checks)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    checks.close()  # type: ignore[attr-defined]
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_other_weights_are_caught_in_either_dtype(
     dtype: str, exported: Exporter, copied: Callable[..., Bundle]
