@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -451,7 +451,7 @@ def _spec(case: "Case", models: _Models) -> SystemSpec:
         config = config.with_block(case.subject.request.block)
     models.generator.config = models.exact_generator.config = config
     tokenizer = models.tokenizer.config if models.tokenizer else None
-    return replace(system_spec(config, tokenizer, case.dtype, case.batch))
+    return system_spec(config, tokenizer, case.dtype, case.batch)
 
 
 def _torch_device(device: str) -> "torch.device":

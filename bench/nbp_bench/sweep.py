@@ -86,6 +86,8 @@ class Sweep(AbstractContextManager["Sweep"]):
         groups = [*self.plan.groups()]
         for group in groups:
             self._identify(group[0].subject)
+        # What it holds of the last model is memory that the engines need; an export finds its model again.
+        self._workers.pop("models", Worker()).close()
         self._measure_bandwidths(groups)
         for group in groups:
             yield self._group(group)

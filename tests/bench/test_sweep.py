@@ -260,6 +260,7 @@ def test_an_error_without_bounds_is_a_number_of_json_and_a_failure(
     monkeypatch.setattr(Sweep, "_take_turns", lambda *_: None)
     with Sweep(plan, silent) as sweep:
         ((measured,),) = sweep.run()
+        assert "models" not in sweep._workers  # no process keeps a model that it does not measure
     failed = replace(measured.record, total_ns=[1], parity_error=found.error, parity_allowed=found.allowed)
     record.write([failed], tmp_path / "rows.jsonl")
     assert not re.search("NaN|Infinity", (tmp_path / "rows.jsonl").read_text())
