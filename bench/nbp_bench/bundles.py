@@ -7,7 +7,7 @@ from pathlib import Path
 from nbp_bench import measure
 from nbp_bench.measure import Identity
 from nbp_bench.plan import Case, Plan
-from nbp_bench.worker import Worker
+from nbp_bench.worker import Worker, WorkerError
 from nbp_engines.bundle import Bundle
 from nbp_engines.cuda import Device
 from nbp_engines.errors import BundleError
@@ -38,8 +38,12 @@ def bundle_for(
         began = time.monotonic()
         report(f"{case}: export {name}")
         arguments = (case.subject.request, case.dtype, case.batch, runtime, folder)
-        worker.call(measure.export_bundle, *arguments, seconds=seconds)
-        report(f"{case}: exported and proven in {time.monotonic() - began:.0f} s")
+        try:
+            worker.call(measure.export_bundle, *arguments, seconds=seconds)
+            report(f"{case}: exported and proven in {time.monotonic() - began:.0f} s")
+        except WorkerError:
+            if not folder.exists():  # else another run exported it meanwhile
+                raise
     return _usable(folder)
 
 

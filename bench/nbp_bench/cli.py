@@ -81,11 +81,11 @@ def main(context: click.Context, /, **options: Any) -> None:
     need("bench", "torch")
     if plan.video:
         need("bench", "av")
-    from nbp_bench.run import check_golden, check_out, run
+    from nbp_bench.run import check_golden, results_folder, run
 
-    check_out(plan.out)
-    check_golden()
-    run(plan)
+    with results_folder(plan.out):
+        check_golden()
+        run(plan)
 
 
 def _refuse_options_before(context: click.Context) -> None:

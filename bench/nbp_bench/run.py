@@ -6,7 +6,7 @@ Torch, click and numpy are enough: without rich the tables are plain, and what e
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,8 @@ from nbp_bench.plan import Plan
 from nbp_bench.sweep import COMPARISON, Measured, Report, Sweep
 from nbp_bench.video import to_uint8
 from nbp_engines.errors import EngineError
-from nbp_errors import UsageError
+from nbp_errors import NbpError, UsageError, printable
+from nbp_files import locked, write_text
 from nbp_reports import markdown, record, table
 from nbp_reports.record import Record
 
@@ -27,22 +28,28 @@ RECORDS = "records.jsonl"
 OPTIONAL = {"matplotlib": "pictures", "jinja2": "the full report"}
 
 
-def check_out(folder: Path) -> None:
-    """Make the folder of the results, and keep the records of an earlier run under another name.
+@contextmanager
+def results_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of the results and lock it; move the records of an earlier run to another name.
 
-    Raises UsageError, before anything is measured, if nothing can be written there.
+    Raises UsageError, before anything is measured, if nothing can be written there or another run is using it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        earlier = folder / RECORDS
-        if earlier.exists():
-            modified = datetime.fromtimestamp(earlier.stat().st_mtime, UTC)
-            kept = earlier.rename(folder / f"records-{modified:%Y%m%dT%H%M%S}.jsonl")
-            click.echo(f"the records of an earlier run are now in {kept}")
-    except OSError as error:
-        raise UsageError(f"{folder} cannot hold the results ({error.strerror}): choose another --out") from error
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            locked_elsewhere = stack.enter_context(locked(folder)) is False
+            if locked_elsewhere:
+                raise UsageError(f"another nbp-bench is writing to {folder}: wait for it, or choose another --out")
+            earlier = folder / RECORDS
+            if earlier.exists():
+                modified = datetime.fromtimestamp(earlier.stat().st_mtime, UTC)
+                moved = earlier.rename(folder / f"records-{modified:%Y%m%dT%H%M%S}.jsonl")
+                click.echo(f"the records of an earlier run are now in {printable(moved)}")
+        except OSError as error:
+            raise UsageError(f"{folder} cannot hold the results ({error.strerror}): choose another --out") from error
+        yield
 
 
 def check_golden() -> None:
@@ -56,33 +63,52 @@ def check_golden() -> None:
 def run(plan: Plan) -> None:
     """Measure, print the tables, and leave records, report, log and pictures in the plan's folder.
 
-    Raises EngineError if nothing could be measured, or if an engine does not compute the model, or may not.
+    Whatever ends the run early, Ctrl-C included, leaves these for the rows that were finished.
+
+    Raises EngineError if nothing could be measured, if an engine failed on the way, if it does not compute the model,
+    or if it could not be compared; OSError if a result cannot be written.
     """
     measured: list[Measured] = []
     path = plan.out / RECORDS
-    with _log(plan.out / "log.txt") as log, _progress(_turns(plan)) as report, Sweep(plan, report, log) as sweep:
-        for group in sweep.run():
-            measured += group
-            record.write([m.record for m in measured], path)
-            for m in group:
-                log(table.line(m.record))
-    records = table.sorted_rows([m.record for m in measured])
+    try:
+        log = _log(plan.out / "log.txt")
+        with _progress(_turns(plan)) as report, Sweep(plan, report, log) as sweep:
+            for group in sweep.run():
+                measured += group
+                record.write([m.record for m in measured], path)
+                for m in group:
+                    log(table.line(m.record))
+    except BaseException:
+        if measured:
+            with suppress(OSError, NbpError):  # the first error is the one to report
+                click.echo(f"the run ended early, after {len(measured)} rows")
+                _present(measured, plan.out)
+        raise
     if sweep.profile:
-        (plan.out / "profile.txt").write_text(sweep.profile + "\n", "utf-8")
-    _show(records)
-    missing = [package for package in OPTIONAL if find_spec(package) is None]
-    if "matplotlib" not in missing:
-        contact_sheet(measured, plan.out)
-    report_file = markdown.report(records, plan.out, plain=bool(missing))
-    if missing:
-        click.echo(f"left out: {', '.join(OPTIONAL[p] for p in missing)}; pip install {' '.join(missing)} brings them")
-    click.echo(f"report: {report_file}   raw samples: {path}")
+        write_text(plan.out / "profile.txt", sweep.profile + "\n")
+    records = _present(measured, plan.out)
     if all(r.not_measured for r in records):
         raise EngineError(f"nothing could be measured; {plan.out / 'log.txt'} has the details")
     if failed := [f"{r.block} {r.dtype} {r.engine}" for r in records if r.failed]:
         raise EngineError(f"these do not compute the model, see parity_where in {path}: {', '.join(failed)}")
     if unknown := [f"{r.block} {r.dtype} {r.engine}" for r in records if any(COMPARISON in note for note in r.notes)]:
         raise EngineError(f"these could not be compared with the reference, see their notes: {', '.join(unknown)}")
+    if sweep.failures:
+        raise EngineError(f"these failed, see {plan.out / 'log.txt'}: {', '.join(sweep.failures)}")
+
+
+def _present(measured: Sequence[Measured], folder: Path) -> list[Record]:
+    """Print the tables and write pictures and report; the records as the tables have them."""
+    records = table.sorted_rows([m.record for m in measured])
+    _show(records)
+    missing = [package for package in OPTIONAL if find_spec(package) is None]
+    if "matplotlib" not in missing:
+        contact_sheet(measured, folder)
+    report_file = markdown.report(records, folder, plain=bool(missing))
+    if missing:
+        click.echo(f"left out: {', '.join(OPTIONAL[p] for p in missing)}; pip install {' '.join(missing)} brings them")
+    click.echo(printable(f"report: {report_file}   raw samples: {folder / RECORDS}"))
+    return records
 
 
 def _turns(plan: Plan) -> int:
@@ -90,15 +116,16 @@ def _turns(plan: Plan) -> int:
     return sum(len(group) for group in plan.groups()) * (plan.clips + 2)
 
 
-@contextmanager
-def _log(path: Path) -> Iterator[Callable[[str], None]]:
-    with path.open("w", encoding="utf-8") as file:
+def _log(path: Path) -> Callable[[str], None]:
+    """A function that appends a line to a new log."""
+    path.unlink(missing_ok=True)
 
-        def log(text: str) -> None:
+    def log(text: str) -> None:
+        # A full disk stops the run when its records cannot be written, and not already here.
+        with suppress(OSError), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{datetime.now(UTC):%H:%M:%S} {text}\n")
-            file.flush()
 
-        yield log
+    return log
 
 
 @contextmanager
@@ -114,7 +141,8 @@ def _progress(turns: int) -> Iterator[Report]:
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
         task = progress.add_task("begin", total=turns)
 
         def bar(stage: str, turns: int = 0) -> None:
@@ -131,7 +159,7 @@ def _show(records: Sequence[Record]) -> None:
             continue
         from rich.console import Console
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)  # names may look like markup
         if not console.is_terminal:
             console.width = 160
         shown = table.fitting(columns, rows, console.width)

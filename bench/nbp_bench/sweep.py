@@ -21,7 +21,7 @@ from nbp_bench.machine import Machine, available_memory, describe
 from nbp_bench.measure import Identity, Parity, Result
 from nbp_bench.plan import Case, Plan, Subject
 from nbp_bench.rows import Measurement, Run, identity_of, row
-from nbp_bench.worker import Worker, WorkerError
+from nbp_bench.worker import OverdueError, Worker, WorkerError
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import EngineError
 from nbp_engines.status import sentences
@@ -43,6 +43,10 @@ class Report(Protocol):
 
     def __call__(self, stage: str, turns: int = 0) -> None:
         """Take notice."""
+
+
+class _NotRunError(EngineError):
+    """A case that this machine or the time limit rules out, which is no failure of the run."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         self.plan = plan
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
         self.profile = ""
+        self.failures: list[str] = []
         self._report = report
         self._log = log
         self._deadline = None if plan.minutes is None else time.monotonic() + 60 * plan.minutes
@@ -85,7 +90,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         """
         groups = [*self.plan.groups()]
         for group in groups:
-            self._identify(group[0].subject)
+            conditions_for(self._identify(group[0].subject), self.plan)  # the windows of a video are kept
         # What it holds of the last model is memory that the engines need; an export finds its model again.
         self._workers.pop("models", Worker()).close()
         self._measure_bandwidths(groups)
@@ -211,9 +216,11 @@ class Sweep(AbstractContextManager["Sweep"]):
         try:
             left = self._left()
             if left is not None and left < (LEAST_CALL if one.life else LEAST_SECONDS):
-                raise EngineError("the time was up")
+                raise _NotRunError("the time was up")
             work()
         except NbpError as error:
+            if not isinstance(error, _NotRunError | OverdueError):
+                self.failures.append(str(one.case))
             one.failure = " ".join(error.message.split())
             one.notes += sentences(one.case.engine.status)
             self._log(f"{one.case}: {stage}: {error.message}\n{getattr(error, 'trace', '')}")
@@ -222,13 +229,13 @@ class Sweep(AbstractContextManager["Sweep"]):
         """Open a case and compare it with the reference. Raises EngineError if this machine cannot run it."""
         case = one.case
         if why := case.refusal():
-            raise EngineError(why)
+            raise _NotRunError(why)
         if not identity.spec.video[0]:
-            raise EngineError("it has no tokenizer, so no video can be predicted: give --tokenizer FILE")
+            raise _NotRunError("it has no tokenizer, so no video can be predicted: give --tokenizer FILE")
         if case.engine.runtime:
             one.bundle = bundle_for(case, identity, self.plan, self._worker("models"), self._left(), self._report)
             if why := case.engine.runtime.refusal(one.bundle):
-                raise EngineError(why)
+                raise _NotRunError(why)
         self._open(one, self._share() if self._worker(self._process(case)).running else self._left())
         self._beside(one, COMPARISON, partial(self._compare, one))
         if self.plan.steps:

@@ -4,7 +4,6 @@ Shape legend: F frames, H×W pixels. Video is uint8 [F,3,H,W], pictures to be wr
 """
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ import numpy as np
 
 from nbp_engines.spec import SystemSpec
 from nbp_errors import UsageError
+from nbp_files import replacing
 from nbp_reference import clips
 from nbp_reference.errors import VideoError
 
@@ -215,15 +215,9 @@ def appearing(out: Path, force: bool) -> Iterator[Path]:
         raise UsageError(f"{out} exists: choose another --out, or replace a file with --force")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{out.stem}.partial-", suffix=out.suffix, dir=out.parent)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
     except OSError as error:
         raise UsageError(f"{out.parent} cannot hold {out.name} ({error.strerror}): choose another --out") from error
-    os.close(handle)
-    partial = Path(name)
-    try:
+    with replacing(out) as partial:
         yield partial
-        partial.chmod(0o644)
-        partial.replace(out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

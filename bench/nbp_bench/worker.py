@@ -5,10 +5,11 @@ keeps a `Host` between calls, which holds what is open there.
 """
 
 import multiprocessing
+import os
 import signal
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from nbp_engines.errors import EngineError
 from nbp_errors import NbpError
 
 R = TypeVar("R")
+SAFE_PATH = "PYTHONSAFEPATH"
 
 
 class _Failure(NamedTuple):
@@ -45,6 +47,10 @@ class WorkerError(EngineError):
         self.exit_code = exit_code
 
 
+class OverdueError(WorkerError):
+    """A call that took longer than it was allowed to."""
+
+
 class Worker:
     """The parent's end of a process, which starts with the first call and again after a failure that ended it.
 
@@ -69,7 +75,7 @@ class Worker:
         try:
             if not pipe.poll(seconds):
                 self.close(kill=True)
-                raise WorkerError(f"it took longer than {seconds:.0f} s")
+                raise OverdueError(f"it took longer than {seconds:.0f} s")
             answer = pipe.recv()
         except (EOFError, ConnectionError):
             raise self._death() from None
@@ -89,7 +95,8 @@ class Worker:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
+            with _shielded():
+                self._process.start()
             theirs.close()
             self.lives += 1
         return self._pipe
@@ -112,6 +119,26 @@ class Worker:
             self._process.kill()
             self._process.join(timeout=10)  # one that waits for a driver may outlive its death
         self._process = self._pipe = None
+
+
+@contextmanager
+def _shielded() -> Iterator[None]:
+    """While it lasts, a process that starts is shielded from Ctrl-C and from modules in the current folder.
+
+    It inherits that SIGINT is blocked: only the parent hears Ctrl-C, ends the process and says so in one line. In safe
+    path mode, Python does not import the `types.py` or `socket.py` of somebody's own that lies in the current folder.
+    """
+    safe_path = os.environ.get(SAFE_PATH)
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if safe_path is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = safe_path
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
 def _serve(pipe: Connection) -> None:

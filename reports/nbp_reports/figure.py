@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nbp_files import replacing
 from nbp_reports.record import Record
 from nbp_reports.table import IDENTITY, caption
 
@@ -18,6 +19,7 @@ def fps_by_block(records: Sequence[Record], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rc("text", parse_math=False)  # a dollar sign in a name is a dollar sign
     from matplotlib import pyplot as plt
 
     names = {id(r): (r.engine, *(cell(r) for cell in IDENTITY.values())) for r in records}
@@ -48,7 +50,8 @@ def fps_by_block(records: Sequence[Record], path: Path) -> None:
         axes.set_ylabel("predicted frames per second, end to end")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
     plt.close(figure)
 
 
@@ -57,6 +60,7 @@ def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> N
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rc("text", parse_math=False)  # a dollar sign in a name is a dollar sign
     from matplotlib import pyplot as plt
 
     longest = max(len(video) for video in strips.values())
@@ -73,5 +77,6 @@ def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> N
         row.set_yticks([])
     frames_given = f"Left of the red line: the {given} given frames. Right of it: predicted frames of one clip"
     figure.suptitle(frames_given if given else "One generated clip per row", fontsize=9)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
     plt.close(figure)

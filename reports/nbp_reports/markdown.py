@@ -1,8 +1,11 @@
 """Records as a Markdown report."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nbp_errors import printable
+from nbp_files import write_text
 from nbp_reports.record import BASELINE, Record
 from nbp_reports.table import Columns, caption, remarks, rows, tables
 
@@ -13,7 +16,7 @@ SHEET = "clips.png"  # drawn by whoever has the clips, beside the report
 TEMPLATE = """\
 # Block sizes compared
 
-{{ caption }}
+{{ caption | escaped }}
 
 {{ verdict }}
 
@@ -22,7 +25,7 @@ TEMPLATE = """\
 {{ table(columns, rows) }}
 {% endfor -%}
 {% for line in remarks -%}
-- {{ line }}
+- {{ line | escaped }}
 {% endfor -%}
 {% if figure %}
 ![Frames per second by block size]({{ figure }})
@@ -61,9 +64,15 @@ TEMPLATE = """\
 {% endfor %}"""
 
 
+def escaped(text: str) -> str:
+    """A name or message as plain text in Markdown: on one line, without markup, in a table cell or outside."""
+    return re.sub(r"([\\`*|<\[\]])", r"\\\1", printable(text))
+
+
 def table(columns: Columns, records: Sequence[Record]) -> str:
     """The rows as a Markdown table."""
-    lines = [list(columns), ["---"] * len(columns), *rows(columns, records)]
+    cells = [[escaped(cell) for cell in row] for row in rows(columns, records)]
+    lines = [list(columns), ["---"] * len(columns), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -74,7 +83,7 @@ def verdict(records: Sequence[Record]) -> str:
     for kind in kinds:
         measured = [r for r in records if _kind(r) == kind and r.fps]
         varying = (value for i, value in enumerate(kind) if i != BLOCK and len({other[i] for other in kinds}) > 1)
-        name = ", ".join([kind[BLOCK], *varying])
+        name = escaped(", ".join([kind[BLOCK], *varying]))
         if not measured:
             lines.append(f"- **{name}**: nothing could be measured.")
             continue
@@ -105,7 +114,12 @@ def _tokens(records: Sequence[Record]) -> str:
 
 def _each(records: Sequence[Record], value: Callable[[Record], object]) -> str:
     """All the values that occur, in order."""
-    return "; ".join(dict.fromkeys(str(value(r)) for r in records))
+    return "; ".join(dict.fromkeys(escaped(str(value(r))) for r in records))
+
+
+def _code(command: str) -> str:
+    """A command line as code, unless it holds the character that would end the code."""
+    return escaped(command) if "`" in command else f"`{printable(command)}`".replace("|", "\\|")
 
 
 def _where(records: Sequence[Record]) -> dict[str, str]:
@@ -115,9 +129,9 @@ def _where(records: Sequence[Record]) -> dict[str, str]:
         for r in records
     )
     return {
-        "command": _each(records, lambda r: f"`{r.command}`"),
+        "command": "; ".join(dict.fromkeys(_code(r.command) for r in records)),
         "began": _each(records, lambda r: r.run),
-        "machine": "; ".join(machines),
+        "machine": escaped("; ".join(machines)),
         "system": _each(records, lambda r: f"{r.system}, Python {r.python}"),
         "versions": _each(records, lambda r: r.versions),
         "device, dtype, batch": _each(records, lambda r: f"{r.device} {r.dtype} {r.batch}"),
@@ -153,8 +167,8 @@ def report(records: Sequence[Record], folder: Path, plain: bool = False) -> Path
     path, chosen = folder / "report.md", tables(records)
     if plain:
         parts = [f"## {title}\n{table(columns, shown)}" for title, (columns, shown) in chosen.items()]
-        lines = "\n".join(f"- {line}" for line in remarks(records))
-        path.write_text("\n".join([caption(records), "", verdict(records), "", *parts, lines, ""]), "utf-8")
+        lines = "\n".join(f"- {escaped(line)}" for line in remarks(records))
+        write_text(path, "\n".join([escaped(caption(records)), "", verdict(records), "", *parts, lines, ""]))
         return path
     from jinja2 import Environment, StrictUndefined
 
@@ -163,7 +177,9 @@ def report(records: Sequence[Record], folder: Path, plain: bool = False) -> Path
     measured = [r for r in records if r.total_ns]
     if measured:
         fps_by_block(measured, folder / FIGURE)
-    template = Environment(undefined=StrictUndefined, autoescape=False).from_string(TEMPLATE)
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    environment.filters["escaped"] = escaped
+    template = environment.from_string(TEMPLATE)
     values = {
         "caption": caption(records),
         "verdict": verdict(records),
@@ -179,5 +195,5 @@ def report(records: Sequence[Record], folder: Path, plain: bool = False) -> Path
         "quality": _quality(records),
         "where": _where(records),
     }
-    path.write_text(template.render(records=records, **values) + "\n", "utf-8")
+    write_text(path, template.render(records=records, **values) + "\n")
     return path

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Self
 
+from nbp_files import write_text
 from nbp_reports.errors import RecordError
 
 SCHEMA = 2
@@ -192,15 +193,13 @@ class Record:
 def write(records: Iterable[Record], path: Path) -> None:
     """One JSON object per line; an interrupted write leaves the old file. Raises ValueError for NaN and infinity."""
     text = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(path)
+    write_text(path, text)
 
 
 def read(path: Path) -> list[Record]:
     """The records of a file; raises RecordError naming the file and line."""
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         try:
             records.append(Record.from_json(line))
         except RecordError as error:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from nbp_bench.cli import main
 from nbp_bench.engines import engines
 from nbp_bench.plan import Case, Plan, Subject
-from nbp_bench.run import check_out
+from nbp_bench.run import results_folder
 from nbp_export.request import Request
 
 ENGINES = engines()
@@ -134,10 +134,19 @@ def test_a_folder_that_cannot_hold_results_is_refused_first(tmp_path: Path, monk
 
 def test_the_records_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_text("earlier")
-    check_out(tmp_path)
-    (kept,) = tmp_path.iterdir()
+    with results_folder(tmp_path):
+        (kept,) = tmp_path.iterdir()
     assert kept.name.startswith("records-2")
     assert kept.read_text() == "earlier"
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    with results_folder(tmp_path):
+        done = CliRunner().invoke(main, ["--sizes", "16", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "another nbp-bench is writing to" in " ".join(done.output.split())
+    with results_folder(tmp_path):
+        pass
 
 
 def test_the_help_lists_the_engines() -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,44 @@ def test_an_exported_engines_memory_holds_no_torch() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "False\n"
+
+
+SCRIPT = """
+from nbp_bench.worker import Worker
+from tests.bench import test_worker
+
+if __name__ == "__main__":
+    worker = Worker()
+    print(worker.call(test_worker.pid))
+    worker.close()
+"""
+
+
+def test_a_worker_imports_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    script, current = tmp_path / "bin" / "script.py", tmp_path / "current"
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    current.mkdir()
+    for name in ("types", "socket", "struct", "json", "numpy", "click"):
+        (current / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    root = Path(__file__).parents[2]
+    packages = [root, *(root / each for each in ("engines", "bench", "reports", "reference"))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, packages))}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=current, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_ctrl_c_reaches_the_parent_alone_from_the_start() -> None:
+    worker = Worker()
+    try:
+        assert worker.call(hears_ctrl_c) is False
+        assert hears_ctrl_c(Host())
+    finally:
+        worker.close()
+
+
+def hears_ctrl_c(host: Host) -> bool:  # noqa: ARG001
+    return signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -1,0 +1,62 @@
+"""How every package of this distribution writes a file, whole or not at all, and locks a folder.
+
+The module stands beside the packages, as `nbp_errors` does, and imports none of them.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`, of the same suffix; the file written there takes the name `path` at the end.
+
+    If the block or the write fails, the file that `path` named before stays as it was, and nothing else is left.
+    The file's mode follows the umask. Raises OSError if the file cannot be renamed.
+    """
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        # Whatever stopped the write may stop the removal too; the first error is the one to report.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `replacing` does. Raises OSError if the disk refuses it."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 as `replacing` does. Surrogates, which UTF-8 cannot encode, become escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
+    """Lock a folder until the block or this process ends, however it ends.
+
+    Yields True if this process holds the lock, False if another one does, None if the system or the file system has no
+    locks. With `wait`, it waits for the other process. The folder itself is locked, because a
+    library such as filelock would leave a lock file beside it.
+    """
+    with ExitStack() as closing:
+        held: bool | None = None
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            closing.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                held = True
+            except BlockingIOError:
+                held = False
+        yield held
