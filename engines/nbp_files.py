@@ -1,13 +1,16 @@
-"""How every package of this distribution writes a file, whole or not at all, and locks a folder.
+"""How every package of this distribution writes files: whole or not at all, in a locked folder, with space for them.
 
 The module stands beside the packages, as `nbp_errors` does, and imports none of them.
 """
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from nbp_errors import UsageError
 
 
 @contextmanager
@@ -60,3 +63,15 @@ def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
             except BlockingIOError:
                 held = False
         yield held
+
+
+def require_space(folder: Path, nbytes: int) -> None:
+    """Raise UsageError if the disk of a folder, which need not exist yet, has less than `nbytes` bytes free."""
+    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    with suppress(OSError):  # a disk whose free space is unknown may have enough
+        free = shutil.disk_usage(existing).free
+        if free < nbytes:
+            raise UsageError(
+                f"{folder} needs {nbytes / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB free: free space there, "
+                "or choose another folder"
+            )

@@ -1,7 +1,7 @@
-"""The bundles that runtimes run: those that were given, and those that are exported for a run and kept for the next."""
+"""The bundles that the bench measures: the given ones, and those that a run exports and later runs use again."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nbp_bench import measure
@@ -11,51 +11,75 @@ from nbp_bench.worker import Worker, WorkerError
 from nbp_engines.bundle import Bundle
 from nbp_engines.cuda import Device
 from nbp_engines.errors import BundleError
+from nbp_engines.spec import BYTES
 from nbp_errors import UsageError
+from nbp_files import require_space
 
 
 def bundle_for(
     case: Case, identity: Identity, plan: Plan, worker: Worker, seconds: float | None, report: Callable[[str], None]
 ) -> Bundle:
-    """The bundle that a case's runtime runs; exported and proven first, in the worker, where it is not there yet.
+    """Return the bundle for a case's runtime. If no earlier run left it, the worker exports and proves it first.
 
-    Raises UsageError for one of an earlier run that cannot be used any more, WorkerError if the export fails or takes
-    longer than so many seconds.
+    Raises UsageError if the bundle of an earlier run cannot be used any more, WorkerError if the export fails or takes
+    longer than `seconds`.
     """
     if case.subject.bundle:
         return Bundle.open(case.subject.bundle)
     runtime = case.engine.runtime
     assert runtime
     assert case.subject.request
+    folder = _folder(case, identity, plan)
+    if not folder.exists():
+        began = time.monotonic()
+        report(f"{case}: export {folder.name}")
+        arguments = (case.subject.request, case.dtype, case.batch, runtime, folder)
+        try:
+            worker.call(measure.export_bundle, *arguments, seconds=seconds)
+            report(f"{case}: exported and proven in {time.monotonic() - began:.0f} s")
+        except WorkerError:
+            if not folder.exists():  # otherwise another run has exported it meanwhile
+                raise
+    return _usable(folder)
+
+
+def check_space(cases: Sequence[tuple[Case, Identity]], plan: Plan) -> None:
+    """Raise UsageError if the disk has too little space for the weights of the bundles that the cases need."""
+    nbytes = 0
+    for case, identity in cases:
+        runtime = case.engine.runtime
+        if runtime and case.subject.request and not case.refusal() and not _folder(case, identity, plan).exists():
+            copies = 2 if runtime.runs_engines else 1  # the graphs' weights, and those inside the TensorRT engines
+            nbytes += copies * BYTES[case.dtype] * identity.parameters
+    require_space(_parent(plan), nbytes)
+
+
+def _parent(plan: Plan) -> Path:
+    return plan.bundles or plan.out / "bundles"
+
+
+def _folder(case: Case, identity: Identity, plan: Plan) -> Path:
+    """Return the folder of the bundle for a case, whose name tells all bundles of all models apart."""
+    runtime = case.engine.runtime
+    assert runtime
     kind = "onnx"
     if runtime.runs_engines:
         with Device.open() as device:
             kind = device.arch
     block, digest = identity.spec.block_text, identity.digest[:12]
     name = f"{identity.name}-{block}-b{case.batch}-{case.dtype}-{kind}-{digest}"
-    folder = (plan.bundles or plan.out / "bundles") / name
-    if not folder.exists():
-        began = time.monotonic()
-        report(f"{case}: export {name}")
-        arguments = (case.subject.request, case.dtype, case.batch, runtime, folder)
-        try:
-            worker.call(measure.export_bundle, *arguments, seconds=seconds)
-            report(f"{case}: exported and proven in {time.monotonic() - began:.0f} s")
-        except WorkerError:
-            if not folder.exists():  # else another run exported it meanwhile
-                raise
-    return _usable(folder)
+    return _parent(plan) / name
 
 
 def _usable(folder: Path) -> Bundle:
-    """The bundle of an earlier run, if it is proven, intact, and made by these versions."""
-    from nbp_export.proof import versions  # needs onnx, which a machine without bundles may lack
+    """Open a bundle that must have a valid receipt and come from the installed versions; raises UsageError if not."""
+    from nbp_export.proof import versions  # imports onnx, which a machine that exports nothing may lack
 
     try:
         bundle = Bundle.open(folder, require_receipt=True)
         if bundle.manifest.versions == versions():
             return bundle
-        why = "it was made by other versions"
+        reason = "other versions of the packages exported it"
     except BundleError as error:
-        why = error.message
-    raise UsageError(f"{folder} cannot be used, {why}: remove it, or choose another --out")
+        reason = error.message
+    raise UsageError(f"{folder} cannot be used, because {reason}: remove the folder, or choose another --out")

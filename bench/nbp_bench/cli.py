@@ -16,61 +16,95 @@ from nbp_errors import UsageError
 from nbp_export._commands import Commands, RuntimeName, runtime_help
 from nbp_export.cli import SIZES
 
-MOST_CLIPS = 1024  # in a batch; more would be a slip
+MOST_CLIPS = 1024  # per batch; a larger number is a typing error
 MOST_THREADS = 1024
 
 if TYPE_CHECKING:
     from nbp_bench.plan import Plan, Subject
 
 
-GREEDY_HELP = f"Greedy if 0, or below {LEAST_TEMPERATURE:g}."
+GREEDY_HELP = f"Values below {LEAST_TEMPERATURE:g} mean greedy sampling."
 
 
 class BenchCommands(Commands):
-    """The group, whose help lists the engines that there are when it is printed."""
+    """The group of commands. Its help lists the engines of the table at the time of printing."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """The table of engines."""
+        """Write the table of engines."""
         with formatter.section("Engines"):
             formatter.write_dl([(engine.name, engine.title) for engine in table_of_engines().values()])
 
 
 @click.group(cls=BenchCommands, invoke_without_command=True)
 @click.version_option(package_name="nbp-export")
-@click.option("--sizes", help="Block sizes, such as 1,16,256: each fills rows, then whole rows, then frames.")
-@click.option("--blocks", help="Block shapes TxHxW, such as 1x1x16,1x4x4, beside or in place of --sizes.")
+@click.option(
+    "--sizes",
+    help="Block sizes, such as 1,16,256. A size fills a row of a latent frame, then whole rows, then whole frames.",
+)
+@click.option("--blocks", help="Block shapes TxHxW, such as 1x1x16,1x4x4, with or without --sizes.")
 @click.option("--model", help=f"A named size: {SIZES}.  [default: the bundled nbp-tiny]")
-@click.option("--checkpoint", multiple=True, metavar="BLOCK=FILE", help="Weights for a size or shape.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Tokenizer for checkpoints without one.")
-@click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing.")
-@click.option("--timing-only", is_flag=True, help="Accept checkpoints that were trained for another block.")
-@click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path), help="A bundle as it is.")
-@click.option("--engines", metavar="NAME,NAME…", help="See below; in the order of the tables.")
-@click.option("--dtype", "dtypes", help="Of fp32, fp16, bf16.  [default: fp32 on a CPU, bf16 on cuda]")
-@click.option("--batch", "batches", help="Clips generated at once, such as 1,4.  [default: 1]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: where each engine runs; cpu if it can]")
-@click.option("--video", type=click.Path(path_type=Path), help="Predict from this video.  [default: a bundled clip]")
-@click.option("--clips", type=click.IntRange(1, 10**6), default=7, show_default=True, help="Measured clips per row.")
+@click.option("--checkpoint", multiple=True, metavar="BLOCK=FILE", help="A checkpoint for one block size or shape.")
 @click.option(
-    "--steps", type=click.IntRange(0), help="Single steps timed back to back.  [default: 200 on cuda, else 0]"
+    "--tokenizer", type=click.Path(path_type=Path), help="The video tokenizer, for checkpoints that hold none."
 )
 @click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), help="Inside an operator.  [default: each runtime's own]"
+    "--weights", type=click.Choice(["random"]), help="Use random weights for the named model, to measure speed only."
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling noise.")
 @click.option(
-    "--minutes", type=click.FloatRange(0, min_open=True), help="End by then; what is named first comes first."
+    "--timing-only", is_flag=True, help="Accept checkpoints that were trained for another block, to measure speed only."
 )
-@click.option("--profile", is_flag=True, help="Then list the kernels of a step and of decode, in profile.txt.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("nbp-bench-results"), show_default=True)
-@click.option("--bundles", "kept", type=click.Path(path_type=Path), help="Keep exports here.  [default: OUT/bundles]")
+@click.option(
+    "--bundle", "bundles", multiple=True, type=click.Path(path_type=Path), help="Measure this bundle. May be repeated."
+)
+@click.option("--engines", metavar="NAME,NAME…", help="Engines from the list below, in the order of the tables.")
+@click.option("--dtype", "dtypes", help="One or more of fp32, fp16, bf16.  [default: fp32 on a CPU, bf16 on cuda]")
+@click.option("--batch", "batches", help="Numbers of clips generated at once, such as 1,4.  [default: 1]")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="[default: the CPU for each engine that runs there, else cuda]"
+)
+@click.option(
+    "--video",
+    type=click.Path(path_type=Path),
+    help="Take the condition frames from this video.  [default: a bundled clip]",
+)
+@click.option(
+    "--clips", type=click.IntRange(1, 10**6), default=7, show_default=True, help="Number of clips measured per row."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(0),
+    help="Also time this many single steps, back to back.  [default: 200 on cuda, else 0]",
+)
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads per operator.  [default: each runtime's own]"
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the noise.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="End the run after this time. Blocks and engines are measured in the order given.",
+)
+@click.option("--profile", is_flag=True, help="Also write the kernels of a step and of decode to profile.txt.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("nbp-bench-results"),
+    show_default=True,
+    help="The folder of the results.",
+)
+@click.option(
+    "--bundles",
+    "bundles_folder",
+    type=click.Path(path_type=Path),
+    help="The folder of the bundles that the run exports.  [default: OUT/bundles]",
+)
 @click.pass_context
 def main(context: click.Context, /, **options: Any) -> None:
     """Compare block sizes and engines: frames per second, stages, memory and parity on a real clip.
 
-    With --sizes 1,16,256 and nothing else: the bundled nbp-tiny models on a clip from an installed package. Every
-    model, or every --bundle, is measured with every engine, dtype and batch. What cannot be measured is a row with the
-    reason.
+    With --sizes 1,16,256 alone, the command measures the bundled nbp-tiny models on a clip from an installed package.
+    Every model, or every --bundle, is measured with every engine, dtype and batch. An engine that cannot run gets a row
+    that gives the reason.
     """
     if context.invoked_subcommand:
         _refuse_options_before(context)
@@ -89,15 +123,15 @@ def main(context: click.Context, /, **options: Any) -> None:
 
 
 def _refuse_options_before(context: click.Context) -> None:
-    """Raise UsageError for options that stand before a subcommand, where they would have no effect."""
-    given = [
+    """Raise UsageError for options before a subcommand, where they would have no effect."""
+    names = [
         max(parameter.opts, key=len)
         for parameter in context.command.params
         if context.get_parameter_source(str(parameter.name)) is click.core.ParameterSource.COMMANDLINE
     ]
-    if given:
-        name = context.invoked_subcommand
-        raise UsageError(f"{', '.join(given)} before {name} would have no effect: write its options behind {name}")
+    if names:
+        command = context.invoked_subcommand
+        raise UsageError(f"{', '.join(names)} has no effect before {command}: write the options of {command} after it")
 
 
 def _plan(
@@ -106,7 +140,7 @@ def _plan(
     batches: str | None,
     device: str | None,
     steps: int | None,
-    kept: Path | None,
+    bundles_folder: Path | None,
     bundles: tuple[Path, ...],
     video: Path | None,
     clips: int,
@@ -117,64 +151,65 @@ def _plan(
     out: Path,
     **model: Any,
 ) -> "Plan":
-    """The plan of a command line. Raises UsageError for options that contradict each other."""
+    """Return the plan of a command line. Raises UsageError for options that contradict each other."""
     from nbp_bench.plan import Plan
 
-    where = device or "cpu"
+    defaults_for = device or "cpu"
     if bundles and (dtypes or batches):
-        raise UsageError("a bundle has its own dtype and batch: leave out --dtype and --batch")
-    known = table_of_engines()
-    chosen = _listed("--engines", engines or DEFAULT_ENGINES[where], known)
+        raise UsageError("the dtype and the batch of a bundle are fixed: leave out --dtype and --batch")
+    all_engines = table_of_engines()
+    chosen = _listed("--engines", engines or DEFAULT_ENGINES[defaults_for], all_engines)
     return Plan(
         subjects=_bundles(bundles, model) if bundles else _models(**model),
-        engines=[known[name] for name in chosen],
-        dtypes=_listed("--dtype", dtypes or DEFAULT_DTYPE[where], [name for name in BYTES if name != "int64"]),
+        engines=[all_engines[name] for name in chosen],
+        dtypes=_listed("--dtype", dtypes or DEFAULT_DTYPE[defaults_for], [name for name in BYTES if name != "int64"]),
         batches=[_batch(text) for text in _items("--batch", batches or "1")],
         device=device,
         video=video,
         clips=clips,
-        steps=DEFAULT_STEPS[where] if steps is None else steps,
+        steps=DEFAULT_STEPS[defaults_for] if steps is None else steps,
         threads=threads,
         seed=seed,
         minutes=minutes,
         profile=profile,
         out=out,
-        bundles=kept,
+        bundles=bundles_folder,
     )
 
 
-def _listed(option: str, text: str, known: Collection[str]) -> list[str]:
-    """The names in a list with commas. Raises UsageError, with the names that there are, for another."""
+def _listed(option: str, text: str, choices: Collection[str]) -> list[str]:
+    """Return the names in a comma-separated list. Raises UsageError, which lists the choices, for any other name."""
     names = _items(option, text)
-    if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"{option} has no {', '.join(unknown)}: there are {', '.join(known)}")
+    if unknown := [name for name in names if name not in choices]:
+        raise UsageError(f"{option} does not know {', '.join(unknown)}: choose among {', '.join(choices)}")
     return names
 
 
 def _items(option: str, text: str) -> list[str]:
-    """The items of a list with commas: spaces around them do not count, and a repeated item counts once.
+    """Return the items of a comma-separated list: spaces around them do not count, and a repeated item counts once.
 
     Raises UsageError for an empty item.
     """
     items = [item.strip() for item in text.split(",")]
     if not all(items):
-        raise UsageError(f"{option} {text!r} has an empty item: write the items with one comma between them")
+        raise UsageError(f"{option} {text!r} has an empty item: separate the items with single commas")
     return list(dict.fromkeys(items))
 
 
 def _batch(text: str) -> int:
+    """Return the number of clips. Raises UsageError for anything else."""
     if not text.isdecimal() or not 0 < int(text) <= MOST_CLIPS:
         raise UsageError(f"--batch {text!r} is not a number of clips from 1 to {MOST_CLIPS}, such as 4")
     return int(text)
 
 
 def _bundles(folders: Sequence[Path], model: dict[str, Any]) -> "list[Subject]":
-    """The bundles as they are. Raises UsageError for an option that would say again what they are."""
+    """Return the given bundles. Raises UsageError for an option that names a model as well."""
     from nbp_bench.plan import Subject
     from nbp_export.inspect import look
 
-    if given := [f"--{name.replace('_', '-')}" for name, value in model.items() if value]:
-        raise UsageError(f"a bundle says what its model is: leave out {', '.join(given)}")
+    if names := [f"--{name.replace('_', '-')}" for name, value in model.items() if value]:
+        raise UsageError(f"a bundle already holds its model: leave out {', '.join(names)}")
     return [Subject(bundle=folder, spec=look(folder).manifest.spec) for folder in folders]
 
 
@@ -187,37 +222,44 @@ def _models(
     weights: str | None,
     timing_only: bool,
 ) -> "list[Subject]":
-    """A model for each block. Raises UsageError if there is no block, or a checkpoint for none of them."""
+    """Return a model for each block.
+
+    Raises UsageError if no block is named, or if a checkpoint is for a block that is not.
+    """
     from nbp_bench.plan import Subject
     from nbp_export.request import Request
 
     lists = {"--sizes": sizes, "--blocks": blocks}
     items = [item for option, text in lists.items() if text is not None for item in _items(option, text)]
-    asked = list(dict.fromkeys(map(_shape, items)))  # 16 and 1x1x16 are one block
-    if not asked:
+    block_texts = list(dict.fromkeys(map(_shape, items)))  # 16 and 1x1x16 are one block
+    if not block_texts:
         raise UsageError("nothing to compare: give --sizes 1,16,256, --blocks 1x1x16,1x4x4 or --bundle DIR")
     files: dict[str, Path] = {}
     for block, file in map(_pair, checkpoint):
         if block in files:
-            raise UsageError(f"two checkpoints for block {block}, {files[block]} and {file}: give one per block")
+            raise UsageError(f"block {block} has two checkpoints, {files[block]} and {file}: give one per block")
         files[block] = file
     if files and (model or weights):
-        raise UsageError("a checkpoint says what the model is: leave out --model and --weights")
-    if unused := set(files) - set(asked):
-        raise UsageError(f"--checkpoint for {', '.join(sorted(unused))}, not among the blocks {', '.join(asked)}")
-    stand_in = next(iter(files.values()), None)  # a block without a checkpoint is timed with random weights of its kind
+        raise UsageError("a checkpoint already holds its model: leave out --model and --weights")
+    if unused := set(files) - set(block_texts):
+        raise UsageError(
+            f"--checkpoint names block {', '.join(sorted(unused))}, which is not measured: "
+            f"choose among {', '.join(block_texts)}, or add the block to --sizes or --blocks"
+        )
+    # A block without a checkpoint is timed with random weights of the same architecture.
+    architecture = next(iter(files.values()), None)
     requests = [
         Request(None, files[block], tokenizer, None, block, timing_only)
         if block in files
-        else Request(model, stand_in, tokenizer, "random" if stand_in else weights, block, or_random=True)
-        for block in asked
+        else Request(model, architecture, tokenizer, "random" if architecture else weights, block, or_random=True)
+        for block in block_texts
     ]
     return [Subject(request) for request in requests]
 
 
 def _number(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:  # noqa: ARG001
     if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no number to work with.")
+        raise click.BadParameter(f"{value} is not a finite number.")
     return value
 
 
@@ -227,51 +269,73 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
     except (ValueError, ZeroDivisionError):
         rate = Fraction(0)
     if rate is not None and not 0 < rate <= 1000:
-        raise click.BadParameter(f"{value!r} is no number of frames a second, such as 25 or 30000/1001.")
+        raise click.BadParameter(f"{value!r} is not a frame rate up to 1000 per second, such as 25 or 30000/1001.")
     return rate
 
 
 @main.command()
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="What nbp-export made.")
-@click.option("--video", type=click.Path(path_type=Path), help="Predict from this video.")
-@click.option("--start", type=click.FloatRange(0, 1e6), callback=_number, default=0.0, help="Seconds into the video.")
-@click.option("--class", "class_name", help="Make a clip of this class, such as ApplyEyeMakeup.")
-@click.option("--text-ids", metavar="ID,ID…", help="The class as text ids, in place of its name.")
-@click.option("--text-tokenizer", type=click.Path(path_type=Path), help="LLaMA's tokenizer.model or tokenizer.json.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="A .mp4, .gif, or .png of all frames.")
-@click.option("--force", is_flag=True, help="Replace the --out file if it is there.")
-@click.option("--rate", callback=_rate, metavar="FPS", help="Frames a second.  [default: the video's; 25 of a class]")
-@click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Of the sampling noise.")
-@click.option("--grid", type=click.IntRange(1, 400), help="Clips of as many seeds in one picture, beside the truth.")
-@click.option("--scale", type=click.IntRange(1, 64), help="Enlarge pixels.  [default: to at least 256 rows]")
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="A bundle that nbp-export wrote.")
+@click.option("--video", type=click.Path(path_type=Path), help="Take the condition frames from this video.")
+@click.option(
+    "--start",
+    type=click.FloatRange(0, 1e6),
+    callback=_number,
+    default=0.0,
+    help="Time of the first condition frame, in seconds.",
+)
+@click.option("--class", "class_name", help="Generate a clip of this class, such as ApplyEyeMakeup.")
+@click.option("--text-ids", metavar="ID,ID…", help="Text ids of the class, instead of its name.")
+@click.option(
+    "--text-tokenizer", type=click.Path(path_type=Path), help="The file tokenizer.model or tokenizer.json of LLaMA."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The .mp4 or .gif to write, or a .png that shows all frames.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing --out file.")
+@click.option(
+    "--rate", callback=_rate, metavar="FPS", help="Frames per second.  [default: the rate of the video; 25 for a class]"
+)
+@click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Seed of the noise.")
+@click.option(
+    "--grid", type=click.IntRange(1, 400), help="Show this many clips, of consecutive seeds, beside the filmed frames."
+)
+@click.option(
+    "--scale", type=click.IntRange(1, 64), help="Enlarge each pixel by this factor.  [default: enough for 256 rows]"
+)
 @click.option(
     "--temperature", type=click.FloatRange(0), callback=_number, help=f"{GREEDY_HELP}  [default: the bundle's]"
 )
 @click.option("--top-k", type=click.IntRange(1), help="[default: the bundle's]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_number, help="[default: the bundle's]")
-@click.option("--threads", type=click.IntRange(1), help="Threads inside an operator.  [default: the runtime's own]")
-@click.option("--runtime", type=RuntimeName(), help=f"{runtime_help()}.  [default: what the bundle was made for]")
-def generate(temperature: float | None, top_k: int | None, top_p: float | None, **order: Any) -> None:
-    """Write a video of what a bundle predicts from yours, or makes of a class; the given frames framed in blue.
+@click.option("--threads", type=click.IntRange(1), help="Threads per operator.  [default: the runtime's own]")
+@click.option(
+    "--runtime", type=RuntimeName(), help=f"{runtime_help()}.  [default: the one the bundle was exported for]"
+)
+def generate(temperature: float | None, top_k: int | None, top_p: float | None, **request: Any) -> None:
+    """Continue your video with a bundle, or generate a clip of a class, and write the result as a video.
 
-    A video of any size and rate will do: it is scaled, its middle square taken, and what was done is told.
+    Given frames get a blue border, predicted frames an orange one. A video may have any size and rate: the command cuts
+    out the middle square, scales it, and prints any scaling, cropping and resampling.
     """
     from nbp_export._extras import need
 
     need("bench", "av", "PIL", "rich")
     from rich.console import Console
 
-    from nbp_bench.generate import Order
-    from nbp_bench.generate import generate as make
+    from nbp_bench.generate import ClipRequest
+    from nbp_bench.generate import generate as write_clip
 
-    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = {name: value for name, value in drawn.items() if value is not None}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {name: value for name, value in options.items() if value is not None}
     console = Console(stderr=True, highlight=False, markup=False)
-    click.echo(make(console, Order(sampling=sampling, **order)))
+    click.echo(write_clip(console, ClipRequest(sampling=sampling, **request)))
 
 
 def _shape(text: str) -> str:
-    """A block's shape, `1x1x16` also for 16, where it is one; what cannot be read is refused with the model at hand."""
+    """Return a block as a shape, `1x1x16` for 16 too; text that is no block is returned and refused with its model."""
     from nbp_reference.config import BlockShape, Latent, ModelConfig
     from nbp_reference.errors import BlockShapeError
 
@@ -283,8 +347,8 @@ def _shape(text: str) -> str:
 
 
 def _pair(text: str) -> tuple[str, Path]:
-    """Block and file of a --checkpoint. Raises UsageError if one is missing."""
+    """Return block and file of a --checkpoint. Raises UsageError if one is missing."""
     size, _, file = text.partition("=")
     if not file or not size:
-        raise UsageError(f"--checkpoint {text!r}: expected BLOCK=FILE, such as 16=model.ckpt")
+        raise UsageError(f"--checkpoint {text!r} is not BLOCK=FILE: write 16=model.ckpt, for example")
     return _shape(size.strip()), Path(file)

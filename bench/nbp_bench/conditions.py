@@ -1,4 +1,4 @@
-"""What clips are made from: windows of a video, the names of classes, or noise where no video can be read.
+"""The conditions of the clips: windows of a video, names of classes, or random frames where PyAV is missing.
 
 Shape legend: F frames, H×W pixels, P text tokens.
 """
@@ -21,10 +21,10 @@ class Conditions(NamedTuple):
     """The conditions of a model's clips.
 
     Attributes:
-        arrays: the given frames of each clip, float32 [3,F,H,W] in [0,1], or the text ids int64 [P] of a class.
-        source: one line that says where they come from.
-        filmed: the first clip as filmed, uint8 [F,3,H,W], as far as the video goes; empty where nothing was.
-        classes: what each clip shows, for a class-conditional model that knows words.
+        arrays: per clip, the given frames, float32 [3,F,H,W] in [0,1], or the text ids of a class, int64 [P].
+        source: one line that names the video or the classes.
+        filmed: the frames of the first window, given and following, uint8 [F,3,H,W]; F is 0 without a video.
+        classes: the class of each clip, if the model knows its classes by name.
     """
 
     arrays: Sequence[np.ndarray]
@@ -34,35 +34,35 @@ class Conditions(NamedTuple):
 
 
 def conditions_for(identity: Identity, plan: Plan) -> Conditions:
-    """As many conditions as there are clips, or as the video and the classes give.
+    """Return a condition per clip, or fewer if the video is short or the model has fewer classes.
 
-    Raises UsageError for a video with a class-conditional model and for one that is too short, VideoError for one that
-    cannot be read.
+    Raises UsageError if a class-conditional model gets a video or the video is too short, VideoError if it cannot be
+    read.
     """
     spec = identity.spec
-    nothing = np.empty((0, 3, *spec.video[1:]), np.uint8)
+    no_frames = np.empty((0, 3, *spec.video[1:]), np.uint8)
     if spec.hybrid:
         if plan.video:
-            raise UsageError(f"{identity.name} makes clips of a class and takes no frames: leave out --video")
-        return _texts(identity, nothing)
-    if not spec.video[0]:  # without a tokenizer nothing is predicted, which each row then says
-        return Conditions([np.empty(0, np.float32)], "no video", nothing)
+            raise UsageError(f"{identity.name} generates clips of a class and takes no frames: leave out --video")
+        return _texts(identity, no_frames)
+    if not spec.video[0]:  # there is no tokenizer, so each row will say that no video can be predicted
+        return Conditions([np.empty(0, np.float32)], "no video", no_frames)
     if plan.video is None and find_spec("av") is None:
-        return _noise(spec, plan.clips, nothing)
+        return _random_frames(spec, plan.clips, no_frames)
     scenes, name = windows(spec, plan.video, plan.clips)
     return Conditions([to_float(scene[: spec.condition_frames]) for scene in scenes], name, scenes[0])
 
 
-def _texts(identity: Identity, nothing: np.ndarray) -> Conditions:
+def _texts(identity: Identity, no_frames: np.ndarray) -> Conditions:
     spec, classes = identity.spec, identity.words[1:]
     if not classes:
-        return Conditions([np.zeros(spec.text_tokens, np.int64)], "text ids 0, for timing", nothing)
+        return Conditions([np.zeros(spec.text_tokens, np.int64)], "text ids 0, for timing", no_frames)
     texts = [class_ids(name, spec, identity.words, None) for name in classes]
-    return Conditions(texts, "class " + ", ".join(classes), nothing, classes)
+    return Conditions(texts, "class " + ", ".join(classes), no_frames, classes)
 
 
-def _noise(spec: SystemSpec, count: int, nothing: np.ndarray) -> Conditions:
+def _random_frames(spec: SystemSpec, count: int, no_frames: np.ndarray) -> Conditions:
     rng = np.random.default_rng(0)
     shape = (3, spec.condition_frames, *spec.video[1:])
     frames = [rng.random(shape, np.float32) for _ in range(count)]
-    return Conditions(frames, "noise frames, because PyAV is not installed", nothing)
+    return Conditions(frames, "random frames, because PyAV is not installed", no_frames)

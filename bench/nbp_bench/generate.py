@@ -1,4 +1,4 @@
-"""One video of what a bundle makes: of a film it predicts on from, or of a class.
+"""One video that a bundle generates: the continuation of a given video, or a clip of a class.
 
 Shape legend: B batch, F frames, H×W pixels.
 """
@@ -27,27 +27,27 @@ from nbp_reference.clips import Footage
 if TYPE_CHECKING:
     from rich.console import Console
 
-LEAST_HEIGHT = 256  # pixels of a picture that is enlarged for being small
-CLASS_RATE = Fraction(25)  # UCF-101's
+LEAST_HEIGHT = 256  # Smaller pictures are enlarged to at least this many pixels.
+CLASS_RATE = Fraction(25)  # frames per second of UCF-101
 
 
 @dataclass(frozen=True)
-class Order:
-    """What to make.
+class ClipRequest:
+    """The options of `nbp-bench generate`.
 
     Attributes:
-        bundle: that makes it.
-        out: file to write; an existing one only if `force`.
-        video: file to predict from, from `start` seconds on.
-        class_name: class to make a clip of, read through `text_tokenizer` where the bundle has no words of its own.
-        text_ids: the class as ids, `5,0,0,0,0,0,0,0`, instead.
-        rate: frames a second that the video is resampled to, or that a class's clip plays at.
-        seed: of the first clip; each further one has the next.
-        grid: clips; None for one alone, else with the filmed truth beside them where the video goes on.
-        scale: pixels that each becomes, squared; None to reach a fair size.
-        sampling: what differs from the bundle's defaults, by name.
-        threads: inside an operator; None for the runtime's own choice.
-        runtime: a name of the registry; None for the one that the bundle was made for.
+        bundle: folder of the bundle.
+        out: file to write; an existing file is replaced only with `force`.
+        video: file that the given frames are taken from, beginning at `start` seconds.
+        class_name: name of a class. It is read through `text_tokenizer` if the bundle has no words of its own.
+        text_ids: the text ids of a class, `5,0,0,0,0,0,0,0` for example, instead of its name.
+        rate: frames per second. A video is resampled to this rate; a clip of a class plays at it.
+        seed: seed of the first clip; each further clip has the next seed.
+        grid: number of clips, shown beside the filmed frames if the video is long enough; None for one clip alone.
+        scale: factor by which pixels are enlarged; None for the smallest factor that reaches `LEAST_HEIGHT`.
+        sampling: sampling settings that differ from the bundle's, by name.
+        threads: threads per operator; None for the runtime's own choice.
+        runtime: name of a runtime; None for the one that the bundle was exported for.
     """
 
     bundle: Path
@@ -68,166 +68,170 @@ class Order:
 
 
 class _Condition(NamedTuple):
-    """What a clip is made from.
+    """The condition of a clip.
 
     Attributes:
-        told: a line about it.
-        rate: frames a second to play at.
-        filmed: uint8 [F,3,H,W], the given frames and as many of the next as there are; none for a class.
-        text: ids int64 [P] of a class.
+        summary: one line that describes it.
+        rate: frames per second of the result.
+        filmed: the given frames and the frames that follow them in the video, uint8 [F,3,H,W]; F is 0 for a class.
+        text: text ids of a class, int64 [P]; None for a video.
     """
 
-    told: str
+    summary: str
     rate: Fraction
     filmed: np.ndarray
     text: np.ndarray | None = None
 
 
-class _WatchedGenerator(Generator):
-    """A generator that reports every block."""
+class _ReportingGenerator(Generator):
+    """A generator that reports each block, for a progress bar."""
 
     def __init__(self, session: Session, sampling: Sampling, report: Callable[[], None]) -> None:
         super().__init__(session, sampling)
         self._report = report
 
     def blocks(self, condition: np.ndarray, sample: int = 0, timeline: Timeline | None = None) -> Iterator[np.ndarray]:
-        """The same blocks."""
+        """Yield the blocks of `Generator.blocks`."""
         for clip in super().blocks(condition, sample, timeline):
             self._report()
             yield clip
 
 
-def generate(console: "Console", order: Order) -> str:
-    """Make the video and return a line about it; what it is made from is printed before.
+def generate(console: "Console", request: ClipRequest) -> str:
+    """Generate the clips, write the video, and return one line about it. The condition is printed first.
 
-    Raises UsageError for what the bundle cannot make and for a file that cannot be written, VideoError for a video
-    that cannot be read.
+    Raises UsageError if the bundle cannot do what is requested or the file cannot be written, VideoError if the given
+    video cannot be read.
     """
-    with video.appearing(order.out, order.force) as partial:
-        bundle = Bundle.open(order.bundle)
+    with video.output_file(request.out, request.force) as partial:
+        bundle = Bundle.open(request.bundle)
         spec = bundle.manifest.spec
         if "decode" not in bundle.manifest.graphs:
             raise UsageError(f"{bundle.path} has no decode graph: export it with --tokenizer FILE")
-        condition = _from_class(order, bundle) if spec.hybrid else _from_video(order, spec)
-        scale = order.scale or -(-LEAST_HEIGHT // spec.video[1])
-        truth = bool(order.grid) and len(condition.filmed) == spec.video[0]
+        condition = _from_class(request, bundle) if spec.hybrid else _from_video(request, spec)
+        scale = request.scale or -(-LEAST_HEIGHT // spec.video[1])
+        truth = bool(request.grid) and len(condition.filmed) == spec.video[0]
         edges = [n * scale + 2 * video.BORDER for n in spec.video[1:]]
-        video.check_size(order.out, (order.grid or 1) + truth, spec.video[0], *edges)
-        for line in (condition.told, *_warnings(order, bundle, condition.rate)):
+        video.check_size(request.out, (request.grid or 1) + truth, spec.video[0], *edges)
+        for line in (condition.summary, *_warnings(request, bundle, condition.rate)):
             console.print(line, soft_wrap=True)
-        made = _make(console, order, bundle, condition)
-        predicted = [video.to_uint8(one) for clip in made for one in clip.video][: order.grid or 1]
-        given = condition.filmed[: spec.condition_frames]
-        tiles = [video.framed(np.concatenate([given, frames]), len(given), scale) for frames in predicted]
+        batches = _generate(console, request, bundle, condition)
+        predicted = [video.to_uint8(clip) for batch in batches for clip in batch.video][: request.grid or 1]
+        given_frames = condition.filmed[: spec.condition_frames]
+        tiles = [video.framed(np.concatenate([given_frames, frames]), len(given_frames), scale) for frames in predicted]
         if truth:
             tiles.insert(0, video.framed(condition.filmed, len(condition.filmed), scale))
         video.write(partial, tiles, condition.rate)
-    seconds = sum(clip.timeline.total_ns for clip in made) / 1e9
+    seconds = sum(batch.timeline.total_ns for batch in batches) / 1e9
     total = sum(map(len, predicted))
-    before = f"{len(given)} frames given (blue) + " if len(given) else ""
+    before = f"{len(given_frames)} given frames (blue) and " if len(given_frames) else ""
     each = f" in each of {len(predicted)} clips" if len(predicted) > 1 else ""
     return (
-        f"{order.out}: {before}{total // len(predicted)} predicted (orange){each}, "
-        f"made in {seconds:.2f} s: {total / seconds:.2f} frames/s"
+        f"{request.out}: {before}{total // len(predicted)} predicted frames (orange){each}, "
+        f"generated in {seconds:.2f} s ({total / seconds:.2f} frames per second)"
     )
 
 
-def _warnings(order: Order, bundle: Bundle, rate: Fraction) -> Iterator[str]:
-    """What is to be known of the clip before it is made."""
+def _warnings(request: ClipRequest, bundle: Bundle, rate: Fraction) -> Iterator[str]:
+    """Yield warnings about the clip, before it is generated."""
     if not bundle.manifest.model["trained"]:
         note = bundle.manifest.provenance["note"]
-        yield f"{bundle.path} holds weights that were not trained for its blocks: expect noise ({note})"
-    written = video.settled_rate(order.out, rate)
+        yield f"{bundle.path} holds weights that were not trained for its blocks, so the clip will be noise ({note})"
+    written = video.playable_rate(request.out, rate)
     if written != rate:
-        speed = f"{float(rate / written):.3g} times slower" if rate > written else "faster"
+        speed = f"{float(rate / written):.3g} times too slow" if rate > written else "too fast"
         yield (
-            f"{order.out.name}: a .gif cannot play at {_fps(rate)} everywhere, so it is written at {_fps(written)}, "
-            f"{speed}: for the right speed choose --rate {float(written):.3g} or a .mp4"
+            f"{request.out.name}: browsers cannot play a .gif at {_fps(rate)}, so it plays at {_fps(written)}, which "
+            f"is {speed}: choose --rate {float(written):.3g} or a .mp4 to keep the speed"
         )
 
 
-def _make(console: "Console", order: Order, bundle: Bundle, condition: _Condition) -> list[Clip]:
-    """As many batches as the clips need."""
+def _generate(console: "Console", request: ClipRequest, bundle: Bundle, condition: _Condition) -> list[Clip]:
+    """Generate as many batches as the requested clips need, and show a progress bar on a terminal."""
     spec = bundle.manifest.spec
-    batches = -(-(order.grid or 1) // spec.batch)
+    batches = -(-(request.grid or 1) // spec.batch)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        open_session(bundle, order.threads, runtime=order.runtime) as session,
+        open_session(bundle, request.threads, runtime=request.runtime) as session,
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("blocks", total=batches * spec.blocks)
-        sampling = replace(bundle.manifest.sampling, **order.sampling)
-        generator = _WatchedGenerator(session, sampling, lambda: progress.advance(task))
-        # A clip's noise is that of its own seed, whatever batch it is made in.
-        samples = [order.seed + batch * spec.batch for batch in range(batches)]
+        sampling = replace(bundle.manifest.sampling, **request.sampling)
+        generator = _ReportingGenerator(session, sampling, lambda: progress.advance(task))
+        # The clip index stands for the seed here, so that a clip does not depend on the batch that it is part of.
+        clip_indices = [request.seed + batch * spec.batch for batch in range(batches)]
         if condition.text is not None:
             text = np.tile(condition.text, (spec.batch, 1))
-            return [generator.generate(text, sample) for sample in samples]
-        given = video.to_float(condition.filmed[: spec.condition_frames])
-        return [generator.predict(np.stack([given] * spec.batch), sample) for sample in samples]
+            return [generator.generate(text, index) for index in clip_indices]
+        frames = video.to_float(condition.filmed[: spec.condition_frames])
+        return [generator.predict(np.stack([frames] * spec.batch), index) for index in clip_indices]
 
 
-def _from_video(order: Order, spec: SystemSpec) -> _Condition:
+def _from_video(request: ClipRequest, spec: SystemSpec) -> _Condition:
     for option, value in (
-        ("--class", order.class_name),
-        ("--text-ids", order.text_ids),
-        ("--text-tokenizer", order.text_tokenizer),
+        ("--class", request.class_name),
+        ("--text-ids", request.text_ids),
+        ("--text-tokenizer", request.text_tokenizer),
     ):
         if value is not None:
-            raise UsageError(f"{order.bundle} predicts from frames: give --video FILE, not {option}")
-    if order.video is None:
-        raise UsageError(f"{order.bundle} predicts from frames: which? --video FILE")
+            raise UsageError(f"{request.bundle} predicts from given frames: use --video FILE instead of {option}")
+    if request.video is None:
+        raise UsageError(f"{request.bundle} predicts from given frames: name a video with --video FILE")
     frames, side, _ = spec.video
-    footage = clips.footage(order.video, side, frames, order.start, order.rate)
+    footage = clips.footage(request.video, side, frames, request.start, request.rate)
     count, needed = len(footage.frames), spec.condition_frames
     if count == 1 and not footage.start and not footage.faults:
-        raise UsageError(f"{order.video} holds a single picture, the model is given {needed} frames: take a video")
+        raise UsageError(f"{request.video} is a single picture, and the model needs {needed} given frames: use a video")
     if count < needed:
         whole = "".join(f", {fault}" for fault in footage.faults)
         raise UsageError(
-            f"{order.video} has {count} {'whole ' * bool(whole)}frames from {footage.start:.1f} s on at "
-            f"{_fps(footage.rate)}{whole}, the model is given {needed}, {float(needed / footage.rate):.2f} s: take a "
-            f"longer video, {'another' if whole else 'an earlier'} --start or a higher --rate"
+            f"{request.video} has {count} {'undamaged ' * bool(whole)}frames from {footage.start:.1f} s on at "
+            f"{_fps(footage.rate)}{whole}, and the model needs {needed} given frames, which are "
+            f"{float(needed / footage.rate):.2f} s: use a longer video, {'another' if whole else 'an earlier'} --start "
+            "or a higher --rate"
         )
-    return _Condition(_tell(footage, order.video, side, needed), footage.rate, clips.centre(footage.frames, side))
+    return _Condition(_summary(footage, request.video, side, needed), footage.rate, clips.centre(footage.frames, side))
 
 
-def _tell(footage: Footage, path: Path, side: int, given: int) -> str:
-    """What was filmed, and what became of it."""
+def _summary(footage: Footage, path: Path, side: int, count: int) -> str:
+    """Describe the video, and any scaling, cropping and resampling, in one line."""
     height, width = footage.frames.shape[2:]
     lasts = f", {footage.seconds:.1f} s" if footage.seconds else ""
     track = f"{footage.track}, " if footage.track else ""
     pixels = "" if footage.pixel == 1 else f" of {footage.pixel.numerator}:{footage.pixel.denominator} pixels"
-    done = [str(footage.orientation)] if any(footage.orientation) else []
+    changes = [str(footage.orientation)] if any(footage.orientation) else []
     if footage.resampled:
-        done.append(f"resampled to a constant {_fps(footage.rate)}")
+        changes.append(f"resampled to a constant {_fps(footage.rate)}")
     if (width, height) != footage.size:
         square = " of square pixels" if pixels else ""
-        done.append(f"{'enlarged' if height > footage.size[1] else 'scaled'} to {width}x{height}{square}")
+        changes.append(f"{'enlarged' if height > footage.size[1] else 'scaled'} to {width}x{height}{square}")
     if (width, height) != (side, side):
-        done.append(f"centre {side}x{side} kept")
-    done.append(f"frames 0-{given - 1} given from {footage.start:.1f} s")
+        changes.append(f"cropped to the central {side}x{side}")
+    changes.append(f"given frames 0-{count - 1} begin at {footage.start:.1f} s")
     size = f"{'x'.join(map(str, footage.size))}{pixels}"
-    return f"{path.name}: {track}{size} at {_fps(footage.filmed_rate)}{lasts}; {', '.join([*footage.faults, *done])}"
+    return f"{path.name}: {track}{size} at {_fps(footage.filmed_rate)}{lasts}; {', '.join([*footage.faults, *changes])}"
 
 
 def _fps(rate: Fraction) -> str:
     return f"{float(rate):.4g} fps"
 
 
-def _from_class(order: Order, bundle: Bundle) -> _Condition:
+def _from_class(request: ClipRequest, bundle: Bundle) -> _Condition:
     spec, words = bundle.manifest.spec, bundle.manifest.words
-    for option, value in (("--video", order.video), ("--start", order.start or None)):
+    for option, value in (("--video", request.video), ("--start", request.start or None)):
         if value is not None:
-            raise UsageError(f"{order.bundle} makes clips of a class: give --class NAME or --text-ids, not {option}")
-    match order.class_name, order.text_ids:
+            raise UsageError(
+                f"{request.bundle} generates clips of a class: use --class NAME or --text-ids instead of {option}"
+            )
+    match request.class_name, request.text_ids:
         case str(name), None:
-            told, ids = f"class {name}: ", class_ids(name, spec, words, order.text_tokenizer)
-        case None, str(listed) if order.text_tokenizer is None:
-            told, ids = "", listed_ids(listed, spec)
+            name_text, ids = f"class {name}: ", class_ids(name, spec, words, request.text_tokenizer)
+        case None, str(listed) if request.text_tokenizer is None:
+            name_text, ids = "", listed_ids(listed, spec)
         case None, None:
-            raise UsageError(f"{order.bundle} makes clips of a class: which? --class NAME, or --text-ids")
+            raise UsageError(f"{request.bundle} generates clips of a class: name one with --class NAME or --text-ids")
         case _:
-            raise UsageError("--text-ids say it all: leave out --class and --text-tokenizer")
-    nothing = np.zeros((0, 3, *spec.video[1:]), np.uint8)
-    return _Condition(f"{told}text ids {','.join(map(str, ids))}", order.rate or CLASS_RATE, nothing, ids)
+            raise UsageError("--text-ids already give the class: leave out --class and --text-tokenizer")
+    no_frames = np.zeros((0, 3, *spec.video[1:]), np.uint8)
+    summary = f"{name_text}text ids {','.join(map(str, ids))}"
+    return _Condition(summary, request.rate or CLASS_RATE, no_frames, ids)

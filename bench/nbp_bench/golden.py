@@ -1,4 +1,4 @@
-"""A self-check before any measurement: does this machine compute the authors' own tokens?"""
+"""The self-check before any measurement: this machine must compute the tokens of the authors' implementation."""
 
 import runpy
 from pathlib import Path
@@ -17,13 +17,13 @@ SIZES = (1, 16)
 
 
 def folder() -> Path:
-    """The golden files: inside the installed package, or with the tests of a clone."""
+    """Return the folder of the golden files: inside the installed package, or among the tests of a clone."""
     packaged = Path(__file__).parent / "golden"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "tests" / "golden"
 
 
 def golden_model(size: int) -> NextBlockTransformer:
-    """The small model behind `k600_L{size}.npz`, weights by the authors' recipe."""
+    """Return the small model of `k600_L{size}.npz`, with the weights that `weights.py` beside it generates."""
     config = ModelConfig(layers=3, width=64, heads=4, vocab=320).with_block(str(size))
     model = NextBlockTransformer(config)
     recipe = runpy.run_path(str(folder() / "weights.py"))["fill"]
@@ -33,8 +33,8 @@ def golden_model(size: int) -> NextBlockTransformer:
 
 
 def agreement(size: int) -> float:
-    """Share of the authors' 768 greedy tokens that the reference reproduces here."""
-    torch.set_num_threads(1)  # a model this small only waits for its threads
+    """Return the share of the authors' 768 greedy tokens that the reference reproduces on this machine."""
+    torch.set_num_threads(1)  # more threads would slow down so small a model
     golden = np.load(folder() / f"k600_L{size}.npz")
     model = golden_model(size)
     with EagerSession(system_spec(model.config, None, "fp32", 1), model, None) as session:

@@ -1,4 +1,4 @@
-"""What a run measures: the cartesian product of models, dtypes, batches and engines, in the order of importance."""
+"""The plan of a run: every model with every dtype, batch and engine, the most important cases first."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from nbp_export.request import Request
 
 @dataclass(frozen=True)
 class Subject:
-    """A model at a block shape: what a request names, or what a bundle holds.
+    """A model with a block shape, which is either named by a request or held by a bundle.
 
     Attributes:
-        request: None for a bundle.
-        bundle: its folder; None for a request.
-        spec: of the bundle.
+        request: the request; None for a bundle.
+        bundle: the bundle's folder; None for a request.
+        spec: the bundle's spec; None for a request.
     """
 
     request: Request | None = None
@@ -31,7 +31,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the tables: a subject in a dtype and a batch, made by an engine on a device."""
+    """One row of the tables: a model in a dtype, at a batch size, run by an engine on a device."""
 
     subject: Subject
     engine: Engine
@@ -44,10 +44,10 @@ class Case:
         return f"{self.subject} {self.dtype}{batch} {self.engine.name}"
 
     def refusal(self) -> str | None:
-        """Why this machine cannot measure it, in a sentence, or None."""
-        engine, where = self.engine, f"on {self.device}"
+        """Return why this machine cannot measure the case, or None if it can."""
+        engine = self.engine
         if self.device not in engine.devices:
-            return f"{engine.name} runs on {' and '.join(engine.devices)}, not {where}"
+            return f"{engine.name} runs on {' and '.join(engine.devices)}, not on {self.device}"
         if self.dtype not in engine.dtypes:
             return f"{engine.name} computes in {', '.join(engine.dtypes)}, not in {self.dtype}"
         return engine.absence(self.device)
@@ -55,21 +55,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run was asked for.
+    """The options of a run.
 
     Attributes:
-        subjects: models and bundles, the most wanted first.
-        engines: in the order of the tables; where time is short, the most wanted first.
-        dtypes, batches: of the models; a bundle has its own.
-        device: `cpu` or `cuda`; None lets each engine run where it can, on the CPU if it has the choice.
-        video: the file to predict from; None for the bundled clip.
-        clips: measured clips per case.
-        steps: single steps per case that are timed back to back besides; 0 for none.
-        threads, seed, sampling: as in the records. No sampling is that of the bundle, or the paper's.
-        minutes: when the run ends at the latest; None for no limit.
-        profile: whether to list the kernels of a step and of decode.
+        subjects: models and bundles, the most important first.
+        engines: engines in the order of the tables, which is also the order of measurement under a time limit.
         out: folder of the results.
-        bundles: folder of the bundles that are made for the run; None is `bundles` in the results' folder.
+        dtypes, batches: dtypes and batch sizes of the models; those of a bundle are fixed.
+        device: `cpu` or `cuda`; None selects the CPU for each engine that runs there, and `cuda` for the others.
+        video: file that the condition frames are taken from; None for the bundled clip.
+        clips: number of measured clips per case.
+        steps: number of single steps per case that are also timed, back to back; 0 for none.
+        threads, seed, sampling: as in the records. Without sampling, a bundle's or else the paper's settings apply.
+        minutes: time limit of the run; None for no limit.
+        profile: whether to list the kernels of a step and of decode.
+        bundles: folder of the bundles that the run exports; None for `bundles` in the folder of the results.
     """
 
     subjects: Sequence[Subject]
@@ -89,10 +89,10 @@ class Plan:
     bundles: Path | None = None
 
     def groups(self) -> Iterator[list[Case]]:
-        """The cases whose engines take turns, group after group, the most wanted first.
+        """Yield the groups of cases whose engines take turns, the most important group first.
 
-        Without a time limit all engines of a model take turns. With one, engines that need minutes before their first
-        clip come later and by themselves, in the order in which they were named.
+        Without a time limit, all engines of a model are one group. With a limit, engines that need minutes before their
+        first clip come last, each in a group by itself, in the given order.
         """
         waves = [[*self.engines]]
         if self.minutes is not None:

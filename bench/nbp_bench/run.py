@@ -1,6 +1,7 @@
-"""From a plan to a finished comparison: the sweep with its progress, records, tables, pictures and report.
+"""A run from its plan to the finished comparison: progress, records, tables, pictures and report.
 
-Torch, click and numpy are enough: without rich the tables are plain, and what else is missing is left out and named.
+It needs only torch, click and numpy. Without rich the tables are plain Markdown; without matplotlib or jinja2 the
+pictures or the full report are left out, and the output says so.
 """
 
 import sys
@@ -30,7 +31,7 @@ OPTIONAL = {"matplotlib": "pictures", "jinja2": "the full report"}
 
 @contextmanager
 def results_folder(folder: Path) -> Iterator[None]:
-    """Make the folder of the results and lock it; move the records of an earlier run to another name.
+    """Create and lock the folder of the results; rename the records of an earlier run.
 
     Raises UsageError, before anything is measured, if nothing can be written there or another run is using it.
     """
@@ -53,17 +54,17 @@ def results_folder(folder: Path) -> Iterator[None]:
 
 
 def check_golden() -> None:
-    """Say whether this machine computes the authors' own tokens, before it measures anything."""
+    """Print whether this machine computes the tokens of the authors' implementation."""
     for size in golden.SIZES:
         share = golden.agreement(size)
-        verdict = "equal" if share == 1 else f"NOT EQUAL, only {share:.1%} are: trust nothing below"
+        verdict = "equal" if share == 1 else f"NOT EQUAL, only {share:.1%} are: do not trust the results below"
         click.echo(f"golden tokens of the authors' implementation, L={size}: {verdict} on this machine")
 
 
 def run(plan: Plan) -> None:
-    """Measure, print the tables, and leave records, report, log and pictures in the plan's folder.
+    """Measure, print the tables, and write records, report, log and pictures to the plan's folder.
 
-    Whatever ends the run early, Ctrl-C included, leaves these for the rows that were finished.
+    A run that ends early, by Ctrl-C for example, still writes these for the rows that were finished.
 
     Raises EngineError if nothing could be measured, if an engine failed on the way, if it does not compute the model,
     or if it could not be compared; OSError if a result cannot be written.
@@ -98,7 +99,7 @@ def run(plan: Plan) -> None:
 
 
 def _present(measured: Sequence[Measured], folder: Path) -> list[Record]:
-    """Print the tables and write pictures and report; the records as the tables have them."""
+    """Print the tables, write pictures and report, and return the records in the order of the tables."""
     records = table.sorted_rows([m.record for m in measured])
     _show(records)
     missing = [package for package in OPTIONAL if find_spec(package) is None]
@@ -106,18 +107,18 @@ def _present(measured: Sequence[Measured], folder: Path) -> list[Record]:
         contact_sheet(measured, folder)
     report_file = markdown.report(records, folder, plain=bool(missing))
     if missing:
-        click.echo(f"left out: {', '.join(OPTIONAL[p] for p in missing)}; pip install {' '.join(missing)} brings them")
+        click.echo(f"left out: {', '.join(OPTIONAL[p] for p in missing)}; to get them, pip install {' '.join(missing)}")
     click.echo(printable(f"report: {report_file}   raw samples: {folder / RECORDS}"))
     return records
 
 
 def _turns(plan: Plan) -> int:
-    """Engine turns in all: each case is made ready, makes its clips, and is done."""
+    """Return the number of engine turns: each case is prepared, generates its clips, and is closed."""
     return sum(len(group) for group in plan.groups()) * (plan.clips + 2)
 
 
 def _log(path: Path) -> Callable[[str], None]:
-    """A function that appends a line to a new log."""
+    """Start a new log and return the function that appends a line to it."""
     path.unlink(missing_ok=True)
 
     def log(text: str) -> None:
@@ -130,7 +131,7 @@ def _log(path: Path) -> Callable[[str], None]:
 
 @contextmanager
 def _progress(turns: int) -> Iterator[Report]:
-    """A bar on a terminal where rich is installed, else a line per stage."""
+    """Show a progress bar on a terminal if rich is installed, else print a line per stage."""
 
     def lines(stage: str, turns: int = 0) -> None:
         if not turns:
@@ -165,28 +166,29 @@ def _show(records: Sequence[Record]) -> None:
         shown = table.fitting(columns, rows, console.width)
         console.print(table.terminal(caption, shown, rows))
         if missing := columns.keys() - shown.keys():
-            click.echo(f"too narrow for {', '.join(name for name in columns if name in missing)}: see the report")
+            names = ", ".join(name for name in columns if name in missing)
+            click.echo(f"the terminal is too narrow for {names}: see the report")
     for line in table.remarks(records):
         click.echo(f"- {line}")
 
 
 def contact_sheet(measured: Sequence[Measured], folder: Path) -> None:
-    """The first clip as filmed and as each model continues it; of a class-conditional model, a clip of each class."""
+    """Draw the first clip as filmed and as each model continues it, or a clip per class."""
     from nbp_reports import figure
 
-    shown = [m for m in measured if m.clips]
-    if not shown:
+    with_clips = [m for m in measured if m.clips]
+    if not with_clips:
         return
     strips: dict[str, np.ndarray] = {}
-    given = 0
-    for m in shown:
+    given_count = 0
+    for m in with_clips:
         predicted, filmed = to_uint8(m.clips[0].video[0]), m.conditions.filmed
         names = m.conditions.classes
         if names or not len(filmed):
             for name, result in zip(names or [table.label(m.record)], m.clips, strict=False):
                 strips.setdefault(name, to_uint8(result.video[0]))
         else:
-            given = m.clip_frames - len(predicted)
+            given_count = m.clip_frames - len(predicted)
             strips.setdefault("filmed", filmed)
-            strips.setdefault(table.label(m.record), np.concatenate([filmed[:given], predicted]))
-    figure.contact_sheet(strips, given, folder / markdown.SHEET)
+            strips.setdefault(table.label(m.record), np.concatenate([filmed[:given_count], predicted]))
+    figure.contact_sheet(strips, given_count, folder / markdown.SHEET)

@@ -1,7 +1,7 @@
-"""The measurement: group after group, the engines of a model take turns clip by clip, each in its own process.
+"""The measurement of a plan: in each group, the engines of a model take turns clip by clip, each in its own process.
 
-On a GPU all PyTorch engines of a dtype live in one process, so that weights are moved there once. What fails is a row
-with the reason, and the rest goes on.
+On a GPU, all PyTorch engines of a dtype share one process, so that weights are moved to the GPU once. If an engine
+fails, its row gives the reason, and the measurement of the others continues.
 """
 
 import time
@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from nbp_bench import measure
-from nbp_bench.bundles import bundle_for
+from nbp_bench.bundles import bundle_for, check_space
 from nbp_bench.conditions import Conditions, conditions_for
 from nbp_bench.machine import Machine, available_memory, describe
 from nbp_bench.measure import Identity, Parity, Result
@@ -29,35 +29,36 @@ from nbp_errors import NbpError
 from nbp_reports.record import REFERENCE, Record
 
 R = TypeVar("R")
-LEAST_SECONDS = 20.0  # with less time left, no case begins
-LEAST_CALL = 3.0  # with less, none goes on: a call that is cut off takes its process, and the models there, with it
-CLOSE_SECONDS = 10.0  # that the end of a session may take, whatever time is left
-CASE_SHARE = 1 / 3  # of the time limit, that one call may take once the weights are loaded
-PROFILE_SECONDS = 40.0  # kept back for the profile
+# All times are seconds.
+LEAST_SECONDS = 20.0  # A case needs this much time left to begin,
+LEAST_CALL = 3.0  # and this much to continue: a call that overruns loses its process and the models there.
+CLOSE_SECONDS = 10.0  # Closing a session may take this long, whatever time is left.
+CASE_SHARE = 1 / 3  # One call may take this share of the time limit, once the weights are loaded.
+PROFILE_SECONDS = 40.0  # This much of the time limit is reserved for the profile.
 COMPARISON = "comparison with the reference"
-MEMORY_SHARE = 0.7  # of what is available, that engines which take turns may fill
+MEMORY_SHARE = 0.7  # Engines that take turns may fill this share of the available memory.
 
 
 class Report(Protocol):
-    """Gets each stage as it begins, and how many engine turns were finished before it."""
+    """A function that shows the progress of the run."""
 
     def __call__(self, stage: str, turns: int = 0) -> None:
-        """Take notice."""
+        """Show the stage that begins, and advance by the turns of engines that have just finished."""
 
 
 class _NotRunError(EngineError):
-    """A case that this machine or the time limit rules out, which is no failure of the run."""
+    """A case that this machine or the time limit rules out. It is not a failure of the run."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A record with what is behind it.
+    """A record together with the clips that it describes.
 
     Attributes:
-        record: the numbers.
+        record: the record.
         clips: every measured clip.
-        conditions: what they were made from.
-        clip_frames: frames of a whole clip, given and predicted.
+        conditions: the conditions of the clips.
+        clip_frames: number of frames in a whole clip, given and predicted.
     """
 
     record: Record
@@ -67,7 +68,14 @@ class Measured:
 
 
 class Sweep(AbstractContextManager["Sweep"]):
-    """One run of a plan: its processes, its deadline, and what it has measured so far."""
+    """One run of a plan.
+
+    Attributes:
+        plan: the plan.
+        began: when the run began, in UTC.
+        profile: the table of kernels, or the reason why there is none; empty if it was not requested.
+        failures: the cases that failed on the way, as text.
+    """
 
     def __init__(self, plan: Plan, report: Report, log: Callable[[str], None] = lambda _: None) -> None:
         self.plan = plan
@@ -84,14 +92,16 @@ class Sweep(AbstractContextManager["Sweep"]):
         self._machine: Machine | None = None
 
     def run(self) -> Iterator[list[Measured]]:
-        """Measure group after group; the rows of each as it is done.
+        """Measure group after group, and yield the rows of each group when it is finished.
 
-        Raises NbpError for a model or a video that cannot be found, before anything is measured.
+        Raises NbpError, before anything is measured, for a model or a video that cannot be read, or if the disk is too
+        small for the bundles.
         """
         groups = [*self.plan.groups()]
         for group in groups:
-            conditions_for(self._identify(group[0].subject), self.plan)  # the windows of a video are kept
-        # What it holds of the last model is memory that the engines need; an export finds its model again.
+            conditions_for(self._identify(group[0].subject), self.plan)  # this checks the video, and caches its windows
+        check_space([(case, self._identify(case.subject)) for group in groups for case in group], self.plan)
+        # This process still holds the last model. The engines need that memory, and an export loads its model again.
         self._workers.pop("models", Worker()).close()
         self._measure_bandwidths(groups)
         for group in groups:
@@ -99,14 +109,14 @@ class Sweep(AbstractContextManager["Sweep"]):
         if self.plan.profile:
             self._profile([case for group in groups for case in group])
 
-    def _left(self, kept: float = PROFILE_SECONDS) -> float | None:
-        """Seconds until the deadline, less those that are kept back for a profile; None without a limit."""
+    def _left(self, reserved: float = PROFILE_SECONDS) -> float | None:
+        """Return the seconds until the deadline, minus the reserve for a profile; None without a time limit."""
         if self._deadline is None:
             return None
-        return max(0.0, self._deadline - kept * self.plan.profile - time.monotonic())
+        return max(0.0, self._deadline - reserved * self.plan.profile - time.monotonic())
 
     def _share(self) -> float | None:
-        """Seconds that one call may take."""
+        """Return the seconds that one call may take; None without a time limit."""
         left = self._left()
         return None if left is None or self.plan.minutes is None else min(left, 60 * self.plan.minutes * CASE_SHARE)
 
@@ -114,20 +124,20 @@ class Sweep(AbstractContextManager["Sweep"]):
         return self._workers.setdefault(name, Worker())
 
     def _process(self, case: Case) -> str:
-        """The name of the process of a case."""
+        """Return the name of the process in which a case runs."""
         shared = case.device != "cpu" and case.engine.runtime is None
         return f"PyTorch in {case.dtype}" if shared else case.engine.name
 
     @cached_property
     def _first_on_gpu(self) -> Case | None:
-        """The first case that PyTorch can run on a GPU here."""
+        """The first case that PyTorch can run on this machine's GPU."""
         cases = (case for group in self.plan.groups() for case in group)
         return next((c for c in cases if c.device != "cpu" and not c.engine.runtime and not c.refusal()), None)
 
     def _identify(self, subject: Subject) -> Identity:
-        """What the model of a subject is; found, and hashed, once per run.
+        """Return the identity of a subject's model, which is loaded and hashed once per run.
 
-        On a GPU by the process that measures first: it has to have the weights anyway.
+        On a GPU, the process that measures first does it, because it needs the weights anyway.
         """
         if subject not in self._identities:
             if subject.request:
@@ -154,171 +164,178 @@ class Sweep(AbstractContextManager["Sweep"]):
             self._log(f"bandwidths: {error.message}\n{error.trace}")
 
     def _group(self, group: Sequence[Case]) -> list[Measured]:
-        """Measure the cases of a group; one row each, in their order."""
+        """Measure the cases of a group and return a row for each, in their order."""
         plan, identity = self.plan, self._identify(group[0].subject)
         measurements = [Measurement(case) for case in group]
         conditions = conditions_for(identity, plan)
         together = self._fit_together(measurements, identity)
-        for part in [measurements] if together else [[one] for one in measurements]:
+        for part in [measurements] if together else [[measurement] for measurement in measurements]:
             self._take_turns(part, identity, conditions)
-            for measurement in part:  # a process on a CPU is one engine's, whose memory must be its own
+            for measurement in part:  # on a CPU each engine has its own process, so that its memory can be measured
                 if measurement.case.device == "cpu":
                     self._workers.pop(self._process(measurement.case), Worker()).close()
         key = (group[0].subject, group[0].dtype, group[0].batch)
-        for one in measurements:
-            if one.case.engine.role == REFERENCE and one.clips:
-                self._references[key] = one.clips
+        for measurement in measurements:
+            if measurement.case.engine.role == REFERENCE and measurement.clips:
+                self._references[key] = measurement.clips
         reference = self._references.get(key)
         self._machine = self._machine or describe()
         run = Run(plan, self.began, identity, conditions, reference, together, self._bandwidths, self._machine)
-        return [Measured(row(run, one), one.clips, conditions, identity.spec.video[0]) for one in measurements]
+        return [
+            Measured(row(run, measurement), measurement.clips, conditions, identity.spec.video[0])
+            for measurement in measurements
+        ]
 
     def _fit_together(self, measurements: Sequence[Measurement], identity: Identity) -> bool:
-        """Whether all engines fit in memory at once. ONNX Runtime keeps a copy of the weights for each graph."""
-        on_cpu = [one.case for one in measurements if one.case.device == "cpu"]
+        """Return whether all engines fit in memory at once. ONNX Runtime holds a copy of the weights per graph."""
+        on_cpu = [measurement.case for measurement in measurements if measurement.case.device == "cpu"]
         copies = sum(1 if case.engine.runtime is None or case.engine.runtime.shares_weights else 3 for case in on_cpu)
         return 4 * identity.parameters * copies < MEMORY_SHARE * available_memory()
 
     def _take_turns(self, part: Sequence[Measurement], identity: Identity, conditions: Conditions) -> None:
-        """Prepare each engine, then run them A B C, C B A, …, so that a machine that slows down slows them all."""
+        """Prepare each engine, then run them in turns A B C, C B A, …, so that a change of speed affects all alike."""
         plan, batch = self.plan, part[0].case.batch
-        # All clips of a batch have the same condition; their noise differs.
-        given = [np.stack([condition] * batch) for condition in conditions.arrays]
+        # All clips of a batch have the same condition and different noise.
+        batches = [np.stack([condition] * batch) for condition in conditions.arrays]
         settings = (plan.sampling, plan.seed)
-        for one in part:
-            self._attempt(one, "load and check", partial(self._prepare, one, identity))
-            self._attempt(one, "warm up", partial(self._call, one, measure.warm_up, given[0], *settings))
-            self._report(f"{one.case}: ready", turns=1)
+        for measurement in part:
+            self._attempt(measurement, "load and check", partial(self._prepare, measurement, identity))
+            self._attempt(
+                measurement, "warm up", partial(self._call, measurement, measure.warm_up, batches[0], *settings)
+            )
+            self._report(f"{measurement.case}: ready", turns=1)
         for clip in range(plan.clips):
-            for one in part if clip % 2 == 0 else part[::-1]:
-                make = partial(self._make_clip, one, given[clip % len(given)], clip * batch)
-                self._attempt(one, f"clip {clip + 1} of {plan.clips}", make)
-                self._report(f"{one.case}: clip {clip + 1} done", turns=1)
-        for one in part:
-            self._attempt(one, "first frame and memory", partial(self._finish, one, given[0]))
-            self._close(one)
-            self._report(f"{one.case}: done", turns=1)
+            for measurement in part if clip % 2 == 0 else part[::-1]:
+                make = partial(self._make_clip, measurement, batches[clip % len(batches)], clip * batch)
+                self._attempt(measurement, f"clip {clip + 1} of {plan.clips}", make)
+                self._report(f"{measurement.case}: clip {clip + 1} done", turns=1)
+        for measurement in part:
+            self._attempt(measurement, "first frame and memory", partial(self._finish, measurement, batches[0]))
+            self._close(measurement)
+            self._report(f"{measurement.case}: done", turns=1)
 
-    def _close(self, one: Measurement) -> None:
-        """Close a case if its process is still there. A failure is logged: it costs nobody a row."""
-        worker, life, one.life = self._worker(self._process(one.case)), one.life, 0
+    def _close(self, measurement: Measurement) -> None:
+        """Close a case if its process is still running. A failure is only logged, because the row is complete."""
+        worker, life, measurement.life = self._worker(self._process(measurement.case)), measurement.life, 0
         if worker.running and worker.lives == life:
             try:
-                worker.call(measure.close_case, one.case, seconds=CLOSE_SECONDS)
+                worker.call(measure.close_case, measurement.case, seconds=CLOSE_SECONDS)
             except WorkerError as error:
-                self._log(f"{one.case}: close: {error.message}\n{error.trace}")
+                self._log(f"{measurement.case}: close: {error.message}\n{error.trace}")
 
-    def _attempt(self, one: Measurement, stage: str, work: Callable[[], object]) -> None:
-        """Do the next part of a case's measurement, unless an earlier part failed; a failure is kept as its reason."""
-        if one.failure:
+    def _attempt(self, measurement: Measurement, stage: str, work: Callable[[], object]) -> None:
+        """Do the next part of a measurement unless an earlier part failed; record a failure and its reason."""
+        if measurement.failure:
             return
-        self._report(f"{one.case}: {stage}")
+        self._report(f"{measurement.case}: {stage}")
         try:
             left = self._left()
-            if left is not None and left < (LEAST_CALL if one.life else LEAST_SECONDS):
-                raise _NotRunError("the time was up")
+            if left is not None and left < (LEAST_CALL if measurement.life else LEAST_SECONDS):
+                raise _NotRunError("the time limit was reached")
             work()
         except NbpError as error:
             if not isinstance(error, _NotRunError | OverdueError):
-                self.failures.append(str(one.case))
-            one.failure = " ".join(error.message.split())
-            one.notes += sentences(one.case.engine.status)
-            self._log(f"{one.case}: {stage}: {error.message}\n{getattr(error, 'trace', '')}")
+                self.failures.append(str(measurement.case))
+            measurement.failure = " ".join(error.message.split())
+            measurement.notes += sentences(measurement.case.engine.status)
+            self._log(f"{measurement.case}: {stage}: {error.message}\n{getattr(error, 'trace', '')}")
 
-    def _prepare(self, one: Measurement, identity: Identity) -> None:
-        """Open a case and compare it with the reference. Raises EngineError if this machine cannot run it."""
-        case = one.case
-        if why := case.refusal():
-            raise _NotRunError(why)
+    def _prepare(self, measurement: Measurement, identity: Identity) -> None:
+        """Open a case and compare it with the reference. Raises EngineError if this machine cannot run the case."""
+        case = measurement.case
+        if reason := case.refusal():
+            raise _NotRunError(reason)
         if not identity.spec.video[0]:
-            raise _NotRunError("it has no tokenizer, so no video can be predicted: give --tokenizer FILE")
+            raise _NotRunError("the model has no tokenizer, so it cannot predict video: give --tokenizer FILE")
         if case.engine.runtime:
-            one.bundle = bundle_for(case, identity, self.plan, self._worker("models"), self._left(), self._report)
-            if why := case.engine.runtime.refusal(one.bundle):
-                raise _NotRunError(why)
-        self._open(one, self._share() if self._worker(self._process(case)).running else self._left())
-        self._beside(one, COMPARISON, partial(self._compare, one))
+            measurement.bundle = bundle_for(
+                case, identity, self.plan, self._worker("models"), self._left(), self._report
+            )
+            if reason := case.engine.runtime.refusal(measurement.bundle):
+                raise _NotRunError(reason)
+        self._open(measurement, self._share() if self._worker(self._process(case)).running else self._left())
+        self._optional(measurement, COMPARISON, partial(self._compare, measurement))
         if self.plan.steps:
-            self._beside(one, "timing of single steps", partial(self._time_steps, one))
+            self._optional(measurement, "timing of single steps", partial(self._time_steps, measurement))
 
-    def _beside(self, one: Measurement, what: str, work: Callable[[], object]) -> None:
-        """What a row can do without: where it fails, the row says so, and its clips are still made."""
+    def _optional(self, measurement: Measurement, what: str, work: Callable[[], object]) -> None:
+        """Do a part that the clips do not depend on. If it fails, the row says so, and its clips are still measured."""
         left = self._left()
         try:
             if left is not None and left < LEAST_CALL:
-                raise WorkerError("the time was up")
+                raise OverdueError("the time limit was reached")
             work()
         except WorkerError as error:
-            one.troubles.append(f"{what} failed: {' '.join(error.message.split())}")
-            self._log(f"{one.case}: {what}: {error.message}\n{error.trace}")
+            measurement.troubles.append(f"{what} failed: {' '.join(error.message.split())}")
+            self._log(f"{measurement.case}: {what}: {error.message}\n{error.trace}")
 
-    def _compare(self, one: Measurement) -> None:
-        one.parity = self._parity(one)
+    def _compare(self, measurement: Measurement) -> None:
+        measurement.parity = self._parity(measurement)
 
-    def _time_steps(self, one: Measurement) -> None:
-        one.steps = self._call(one, measure.step_times, self.plan.steps, self.plan.sampling)
+    def _time_steps(self, measurement: Measurement) -> None:
+        measurement.steps = self._call(measurement, measure.step_times, self.plan.steps, self.plan.sampling)
 
-    def _open(self, one: Measurement, seconds: float | None) -> None:
-        """Open a case. In a new process that loads imports and weights, which may take all the time that is left."""
-        worker = self._worker(self._process(one.case))
-        path = one.bundle.path if one.bundle else None
-        one.notes = worker.call(measure.open_case, one.case, path, self.plan.threads, seconds=seconds)
-        one.life = worker.lives
+    def _open(self, measurement: Measurement, seconds: float | None) -> None:
+        """Open a case. A new process first imports packages and loads weights, which may take all of the time left."""
+        worker = self._worker(self._process(measurement.case))
+        path = measurement.bundle.path if measurement.bundle else None
+        measurement.notes = worker.call(measure.open_case, measurement.case, path, self.plan.threads, seconds=seconds)
+        measurement.life = worker.lives
 
-    def _call(self, one: Measurement, function: Callable[..., R], *arguments: object) -> R:
-        """Call a function of measure.py on a case, which is opened again if its process was replaced meanwhile."""
-        worker = self._worker(self._process(one.case))
-        if one.life != worker.lives or not worker.running:
-            self._open(one, self._left())
-        return worker.call(function, one.case, *arguments, seconds=self._share())
+    def _call(self, measurement: Measurement, function: Callable[..., R], *arguments: object) -> R:
+        """Call a function of the worker on a case, and open the case again if its process was replaced meanwhile."""
+        worker = self._worker(self._process(measurement.case))
+        if measurement.life != worker.lives or not worker.running:
+            self._open(measurement, self._left())
+        return worker.call(function, measurement.case, *arguments, seconds=self._share())
 
-    def _parity(self, one: Measurement) -> Parity | None:
-        """How a case compares with the reference: from the bundle's receipt where this runtime wrote it, else now."""
-        case = one.case
+    def _parity(self, measurement: Measurement) -> Parity | None:
+        """Return how a case compares with the reference: by its runtime's receipt, or by checks now."""
+        case = measurement.case
         if case.engine.runtime is None:
-            # On a CPU the tokens show as much, and every clip is compared.
-            return self._call(one, measure.parity, None) if case.device != "cpu" or self.plan.steps else None
-        assert one.bundle
-        receipt = one.bundle.receipt()
+            # On a CPU, the comparison of all tokens of all clips shows the same.
+            return self._call(measurement, measure.parity, None) if case.device != "cpu" or self.plan.steps else None
+        assert measurement.bundle
+        receipt = measurement.bundle.receipt()
         if receipt and receipt["runtime"] == case.engine.runtime.name:
             worst = receipt["worst"]
             where = f"receipt: {worst['graph']} at {worst['at']}, {worst['where']}"
             return Parity(worst["worst"], worst["tolerance"], where, len(receipt["checks"]))
-        if case.device != "cpu":  # the process that has the reference on the device already
+        if case.device != "cpu":  # this process already holds the reference on the device
             worker = self._worker(f"PyTorch in {case.dtype}")
-            return worker.call(measure.parity, case, one.bundle.path, seconds=self._left())
+            return worker.call(measure.parity, case, measurement.bundle.path, seconds=self._left())
         worker = Worker()
         try:
-            return worker.call(measure.parity, case, one.bundle.path, seconds=self._left())
+            return worker.call(measure.parity, case, measurement.bundle.path, seconds=self._left())
         finally:
             worker.close()
 
-    def _make_clip(self, one: Measurement, condition: np.ndarray, clip_index: int) -> None:
+    def _make_clip(self, measurement: Measurement, condition: np.ndarray, clip_index: int) -> None:
         settings = (self.plan.sampling, self.plan.seed)
-        one.clips.append(self._call(one, measure.predict, condition, clip_index, *settings))
+        measurement.clips.append(self._call(measurement, measure.predict, condition, clip_index, *settings))
 
-    def _finish(self, one: Measurement, condition: np.ndarray) -> None:
+    def _finish(self, measurement: Measurement, condition: np.ndarray) -> None:
         settings = (self.plan.sampling, self.plan.seed)
-        one.first_frames.append(self._call(one, measure.first_frame, condition, *settings))
-        one.memory = self._call(one, measure.memory, condition, *settings)
+        measurement.first_frames.append(self._call(measurement, measure.first_frame, condition, *settings))
+        measurement.memory = self._call(measurement, measure.memory, condition, *settings)
 
     def _profile(self, cases: Sequence[Case]) -> None:
-        """List the kernels of the first engine that was measured and is not bound by the host, else of the first."""
-        able = [case for case in cases if case.engine.runtime is None and not case.refusal()]
-        case = next((case for case in able if case.engine.role is None), able[0] if able else None)
+        """List the kernels of the first engine that is neither the reference nor the baseline, else of the first."""
+        runnable = [case for case in cases if case.engine.runtime is None and not case.refusal()]
+        case = next((case for case in runnable if case.engine.role is None), runnable[0] if runnable else None)
         if case is None:
-            self.profile = "not measured: no PyTorch engine can run here"
+            self.profile = "not measured: no PyTorch engine can run on this machine"
             return
-        one = Measurement(case)
+        measurement = Measurement(case)
         self._report(f"{case}: profile")
         try:
-            self._open(one, self._left(kept=0.0))
+            self._open(measurement, self._left(reserved=0.0))
             call = self._worker(self._process(case)).call
-            self.profile = call(measure.profile, case, seconds=self._left(kept=0.0))
+            self.profile = call(measure.profile, case, seconds=self._left(reserved=0.0))
         except NbpError as error:
             self.profile = f"not measured: {error.message}"
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End all processes, at once after an error."""
+        """End all processes; after an error, kill them."""
         for worker in self._workers.values():
             worker.close(kill=kind is not None)

@@ -1,7 +1,7 @@
-"""Work in a process of its own, with a time limit: its memory is its own, and what kills it kills nothing else.
+"""Calls in a separate process with a time limit, so that its memory can be measured and its death harms no other.
 
-The parent and the child talk in pairs: a function with arguments goes in, its result or an error comes out. The child
-keeps a `Host` between calls, which holds what is open there.
+For each call, the parent sends a function with arguments, and the child sends back its result or an error. Between
+calls the child keeps a `Host`, which holds the open models and sessions.
 """
 
 import multiprocessing
@@ -26,10 +26,10 @@ class _Failure(NamedTuple):
     """An error of the child.
 
     Attributes:
-        message: one line.
-        trace: where it happened, if it is not an error of ours.
-        fatal: whether the process cannot be trusted after it.
-        exit_code: of the error.
+        message: the error message, one line.
+        trace: the traceback, unless the error is an NbpError.
+        fatal: whether the process can no longer be trusted.
+        exit_code: the exit code of the error.
     """
 
     message: str
@@ -39,7 +39,11 @@ class _Failure(NamedTuple):
 
 
 class WorkerError(EngineError):
-    """A call that failed in the child, in its own words; `trace` shows where if it was not an error of ours."""
+    """A call that failed in the child, with the child's message.
+
+    Attributes:
+        trace: the child's traceback, unless its error was an NbpError.
+    """
 
     def __init__(self, message: str, trace: str = "", exit_code: int = NbpError.exit_code) -> None:
         super().__init__(message)
@@ -52,10 +56,10 @@ class OverdueError(WorkerError):
 
 
 class Worker:
-    """The parent's end of a process, which starts with the first call and again after a failure that ended it.
+    """The parent's end of a process, which starts with the first call, and again after a failure that ended it.
 
     Attributes:
-        lives: how many processes there have been: whatever an earlier one had open is gone.
+        lives: number of processes started so far. What an earlier process had open is lost.
     """
 
     def __init__(self) -> None:
@@ -64,13 +68,13 @@ class Worker:
         self._pipe: Connection | None = None
 
     def call(self, function: Callable[..., R], *arguments: object, seconds: float | None = None) -> R:
-        """Run a module's function on the child's host, for at most so many seconds.
+        """Call a module-level function with the child's host, for at most `seconds`, and return its result.
 
-        Raises WorkerError if it fails, dies or takes longer; the next call then finds a fresh process, unless the error
-        was one of ours.
+        Raises WorkerError if the call fails or the process dies, OverdueError if it takes longer. The next call then
+        starts a fresh process, unless the error was an NbpError.
         """
         pipe = self._started()
-        with suppress(BrokenPipeError):  # a dead child: receiving says more
+        with suppress(BrokenPipeError):  # the child is dead, and receiving will report it
             pipe.send((function, arguments))
         try:
             if not pipe.poll(seconds):
@@ -87,7 +91,7 @@ class Worker:
 
     @property
     def running(self) -> bool:
-        """Whether the process of the last call is still there, with all that it has open."""
+        """Whether the process of the last call is still running, with everything that it has open."""
         return self._pipe is not None and self._process is not None and self._process.is_alive()
 
     def _started(self) -> Connection:
@@ -109,7 +113,7 @@ class Worker:
         return WorkerError(f"its process died with exit code {code}{' (out of memory?)' * (code == -signal.SIGKILL)}")
 
     def close(self, kill: bool = False) -> None:
-        """End the process, at once if it is to be killed."""
+        """End the process: wait until it has closed everything, or kill it."""
         if self._pipe and not kill:
             with suppress(OSError):
                 self._pipe.send(None)
@@ -117,16 +121,16 @@ class Worker:
             if not kill:
                 self._process.join(timeout=10)
             self._process.kill()
-            self._process.join(timeout=10)  # one that waits for a driver may outlive its death
+            self._process.join(timeout=10)  # a process that waits for a driver may take longer to die
         self._process = self._pipe = None
 
 
 @contextmanager
 def _shielded() -> Iterator[None]:
-    """While it lasts, a process that starts is shielded from Ctrl-C and from modules in the current folder.
+    """Shield processes that start in this block from Ctrl-C and from modules in the current folder.
 
-    It inherits that SIGINT is blocked: only the parent hears Ctrl-C, ends the process and says so in one line. In safe
-    path mode, Python does not import the `types.py` or `socket.py` of somebody's own that lies in the current folder.
+    The child inherits a blocked SIGINT, so that only the parent receives Ctrl-C and then ends the child. In safe path
+    mode, Python does not import a `types.py` or `socket.py` that happens to lie in the current folder.
     """
     safe_path = os.environ.get(SAFE_PATH)
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

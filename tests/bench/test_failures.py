@@ -140,7 +140,7 @@ def test_the_deadline_ends_a_row_and_leaves_the_profile_its_time(
     (naive, eager), whole = run(pass_time, minutes=1, profile=True)
     assert len(naive.record.total_ns) == len(eager.record.total_ns) == 1
     for row in (naive.record, eager.record):
-        assert row.notes[-1] == "it stopped after 1 clips: the time was up"
+        assert row.notes[-1] == "it stopped after 1 clips: the time limit was reached"
         assert row.fps
         assert not row.not_measured
     assert "aten::" in whole.profile

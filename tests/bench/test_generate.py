@@ -123,22 +123,34 @@ def predicted(bundle: Path, given: np.ndarray, seed: int = 0, sampling: Sampling
 
 
 @pytest.mark.parametrize(
-    ("size", "rate", "told"),
+    ("size", "rate", "summary"),
     [
-        ((64, 48), 25, "64x48 at 25 fps, 0.8 s; scaled to 21x16, centre 16x16 kept, frames 0-4 given from 0.0 s"),
-        ((18, 50), Fraction(30000, 1001), "18x50 at 29.97 fps, 0.7 s; scaled to 16x44, centre 16x16 kept, frames 0"),
-        ((8, 10), 7, "8x10 at 7 fps, 2.9 s; enlarged to 16x20, centre 16x16 kept, frames 0-4 given from 0.0 s"),
-        ((16, 16), 10, "16x16 at 10 fps, 2.0 s; frames 0-4 given from 0.0 s"),
+        (
+            (64, 48),
+            25,
+            "64x48 at 25 fps, 0.8 s; scaled to 21x16, cropped to the central 16x16, given frames 0-4 begin at 0.0 s",
+        ),
+        (
+            (18, 50),
+            Fraction(30000, 1001),
+            "18x50 at 29.97 fps, 0.7 s; scaled to 16x44, cropped to the central 16x16, given",
+        ),
+        (
+            (8, 10),
+            7,
+            "8x10 at 7 fps, 2.9 s; enlarged to 16x20, cropped to the central 16x16, given frames 0-4 begin at 0.0 s",
+        ),
+        ((16, 16), 10, "16x16 at 10 fps, 2.0 s; given frames 0-4 begin at 0.0 s"),
     ],
 )
 def test_any_size_and_rate_will_do(
-    size: tuple[int, int], rate: Fraction, told: str, bundles: Bundles, tmp_path: Path
+    size: tuple[int, int], rate: Fraction, summary: str, bundles: Bundles, tmp_path: Path
 ) -> None:
     source, out = film(tmp_path / "in.mp4", size=size, rate=rate), tmp_path / "new" / "out.mp4"
     result = made("--bundle", bundles(), "--video", source, "--out", out)
-    assert f"in.mp4: {told}" in result.stderr
-    assert result.stdout.startswith(f"{out}: 5 frames given (blue) + 12 predicted (orange), made in ")
-    assert result.stdout.endswith(" frames/s\n")
+    assert f"in.mp4: {summary}" in result.stderr
+    assert result.stdout.startswith(f"{out}: 5 given frames (blue) and 12 predicted frames (orange), generated in ")
+    assert result.stdout.endswith(" frames per second)\n")
     found, played = pictures(out)
     assert played == rate
     assert found.shape == (17, 256 + 2 * video.BORDER, 256 + 2 * video.BORDER, 3)
@@ -159,7 +171,7 @@ def test_a_png_holds_every_pixel_of_what_the_library_predicts(bundles: Bundles, 
     options = ("--start", 1, "--rate", "5", "--seed", 3, "--temperature", 0.7, "--top-k", 40, "--top-p", 0.8)
     result = made("--bundle", bundles(), "--video", source, "--out", out, "--scale", 1, *options)
     assert "resampled to a constant 5 fps" in result.stderr
-    assert "frames 0-4 given from 1.0 s" in result.stderr
+    assert "given frames 0-4 begin at 1.0 s" in result.stderr
     (sheet,), _ = pictures(out)
     assert sheet.shape == (EDGE, 17 * (EDGE + video.GAP) - video.GAP, 3)
     shown = np.stack([inside(tile(sheet, 0, i)) for i in range(17)])
@@ -174,7 +186,7 @@ def test_a_png_holds_every_pixel_of_what_the_library_predicts(bundles: Bundles, 
 def test_a_grid_holds_a_seed_a_tile_beside_the_truth(frames: int, bundles: Bundles, tmp_path: Path) -> None:
     source, out = film(tmp_path / "in.mp4", frames), tmp_path / "out.png"
     result = made("--bundle", bundles(), "--video", source, "--out", out, "--grid", 3, "--seed", 5)
-    assert "12 predicted (orange) in each of 3 clips" in result.stdout
+    assert "12 predicted frames (orange) in each of 3 clips" in result.stdout
     truth = frames >= 17
     (sheet,), _ = pictures(out)
     edge = 256 + 2 * video.BORDER
@@ -215,7 +227,7 @@ def test_a_gif(bundles: Bundles, tmp_path: Path) -> None:
     assert np.abs(inside(found)[5:, 8::16, 8::16].astype(int) - expected).mean() < 12
 
 
-def test_a_varying_rate_is_made_constant_and_told(bundles: Bundles, tmp_path: Path) -> None:
+def test_a_varying_rate_is_made_constant_and_reported(bundles: Bundles, tmp_path: Path) -> None:
     times = [i * 100 + (i % 3 == 1) * 80 for i in range(20)]
     source, out = film(tmp_path / "in.mkv", times=times), tmp_path / "out.mp4"
     result = made("--bundle", bundles(), "--video", source, "--out", out)
@@ -240,39 +252,39 @@ def test_pixels_that_are_not_square(bundles: Bundles, tmp_path: Path) -> None:
         for frame in [*[av.VideoFrame.from_ndarray(np.zeros((58, 72, 3), np.uint8))] * 17, None]:
             container.mux(stream.encode(frame))
     result = made("--bundle", bundles(), "--video", tmp_path / "in.mp4", "--out", tmp_path / "out.png")
-    assert "in.mp4: 72x58 of 64:45 pixels at 25 fps, 0.7 s; scaled to 28x16 of square pixels, centre" in result.stderr
+    assert "in.mp4: 72x58 of 64:45 pixels at 25 fps, 0.7 s; scaled to 28x16 of square pixels, cropped" in result.stderr
 
 
-def test_what_is_damaged_is_left_out_and_told(bundles: Bundles, tmp_path: Path) -> None:
+def test_what_is_damaged_is_left_out_and_reported(bundles: Bundles, tmp_path: Path) -> None:
     source = damage(film(tmp_path / "in.avi", codec="mjpeg"), 3)
     result = made("--bundle", bundles(), "--video", source, "--out", tmp_path / "out.png", "--scale", 1)
     assert "in.avi: 32x24 at 10 fps, 2.0 s; 1 damaged frame left out at 0.30 s, scaled to" in result.stderr
     worse = damage(film(tmp_path / "worse.avi", codec="mjpeg"), *range(3, 20))
     assert (
-        "worse.avi has 3 whole frames from 0.0 s on at 10 fps, 17 damaged frames left out from 0.30 to 1.90 s, "
-        "the model is given 5, 0.50 s: take a longer video, another --start"
+        "worse.avi has 3 undamaged frames from 0.0 s on at 10 fps, 17 damaged frames left out from 0.30 to 1.90 s, "
+        "and the model needs 5 given frames, which are 0.50 s: use a longer video, another --start"
     ) in refused(2, "--bundle", bundles(), "--video", worse, "--out", tmp_path / "worse.png")
 
 
 def test_the_rate_of_a_gif_is_settled_before_the_work(bundles: Bundles, tmp_path: Path) -> None:
     rest = ("--bundle", bundles(), "--scale", 1)
-    for rate, told in [(240, "4.8 times slower"), (60, "1.2 times slower"), (50, ""), (25, "")]:
+    for rate, summary in [(240, "4.8 times too slow"), (60, "1.2 times too slow"), (50, ""), (25, "")]:
         source, out = film(tmp_path / f"{rate}.mp4", rate=rate), tmp_path / f"{rate}.gif"
         result = made(*rest, "--video", source, "--out", out)
-        assert ("so it is written at 50 fps" in result.stderr) == bool(told)
-        assert told in result.stderr
+        assert ("so it plays at 50 fps" in result.stderr) == bool(summary)
+        assert summary in result.stderr
         assert pictures(out)[1] == min(rate, 50)
         assert "written at" not in made(*rest, "--video", source, "--out", tmp_path / f"{rate}.mkv.mp4").stderr
     words = ("--bundle", bundles("words"), "--scale", 1, "--class", "left")
     result = made(*words, "--rate", "0.001", "--out", tmp_path / "slow.gif")
-    assert "so it is written at 0.001526 fps, faster" in result.stderr
+    assert "so it plays at 0.001526 fps, which is too fast" in result.stderr
 
 
-def test_untrained_weights_are_told(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untrained_weights_are_reported(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rest = ("--bundle", bundles(), "--scale", 1, "--video", film(tmp_path / "in.mp4"), "--out")
     assert "expect noise" not in made(*rest, tmp_path / "a.png").stderr
     pretend(monkeypatch, model=Bundle.open(bundles()).manifest.model | {"trained": False})
-    assert "holds weights that were not trained for its blocks: expect noise (a test's model)" in (
+    assert "holds weights that were not trained for its blocks, so the clip will be noise (a test's model)" in (
         made(*rest, tmp_path / "b.png").stderr
     )
 
@@ -291,18 +303,18 @@ def test_what_is_too_large_to_be_written_is_not_made(
     monkeypatch.setattr(Generator, "predict", None)
     scale, grid = options[0], min(options[1], 400)
     rest = ("--bundle", bundles(), "--video", film(tmp_path / "in.mp4"), "--scale", scale, "--grid", grid)
-    assert "which is more than can be written: take a smaller --scale or --grid" in refused(
-        2, *rest, "--out", tmp_path / name
-    )
+    assert "too many to write: use a smaller --scale or --grid" in refused(2, *rest, "--out", tmp_path / name)
 
 
 def test_too_short_a_video_says_what_is_needed(bundles: Bundles, tmp_path: Path) -> None:
     rest = ("--bundle", bundles(), "--out", tmp_path / "out.mp4", "--video")
-    needed = "the model is given 5, 0.50 s"
+    needed = "and the model needs 5 given frames, which are 0.50 s"
     assert f"in.mp4 has 4 frames from 0.0 s on at 10 fps, {needed}" in refused(2, *rest, film(tmp_path / "in.mp4", 4))
     long = film(tmp_path / "long.mp4")
     assert f"has 3 frames from 1.7 s on at 10 fps, {needed}" in refused(2, *rest, long, "--start", 1.7)
-    assert "has 4 frames from 0.0 s on at 2 fps, the model is given 5, 2.50 s" in refused(2, *rest, long, "--rate", 2)
+    assert "has 4 frames from 0.0 s on at 2 fps, and the model needs 5 given frames, which are 2.50 s" in refused(
+        2, *rest, long, "--rate", 2
+    )
     assert "holds no video frames from 9 s on: it lasts 2.0 s" in refused(1, *rest, long, "--start", 9)
     assert not list(tmp_path.glob("*out*"))
 
@@ -313,7 +325,7 @@ def test_what_is_no_video(bundles: Bundles, tmp_path: Path) -> None:
     (tmp_path / "in.mp4").write_bytes(b"junk" * 99)
     assert "in.mp4 holds no readable video: Invalid data" in refused(1, *rest, tmp_path / "in.mp4")
     made("--bundle", bundles(), "--video", film(tmp_path / "a.mp4"), "--out", tmp_path / "image.png", "--scale", 1)
-    assert "image.png holds a single picture, the model is given 5" in refused(2, *rest, tmp_path / "image.png")
+    assert "image.png is a single picture, and the model needs 5" in refused(2, *rest, tmp_path / "image.png")
     (tmp_path / "notes.txt").write_text("Once upon a time\n" * 400)
     assert "notes.txt holds text, no video" in refused(1, *rest, tmp_path / "notes.txt")
 
@@ -322,7 +334,7 @@ def test_a_file_that_is_there_stays_unless_forced(bundles: Bundles, tmp_path: Pa
     out = tmp_path / "out.mp4"
     rest = ("--bundle", bundles(), "--video", film(tmp_path / "in.mp4"), "--out", out)
     out.write_bytes(b"precious")
-    assert "out.mp4 exists: choose another --out, or replace a file with --force" in refused(2, *rest)
+    assert "out.mp4 exists: choose another --out, or use --force to replace a file" in refused(2, *rest)
     assert out.read_bytes() == b"precious"
     made(*rest, "--force")
     assert len(pictures(out)[0]) == 17
@@ -362,7 +374,7 @@ def test_a_class_by_name_and_by_ids(bundles: Bundles, tmp_path: Path) -> None:
     rest = ("--bundle", bundles("words"), "--grid", 3, "--seed", 4, "--scale", 1)
     result = made(*rest, "--class", "MovingDigitLeft", "--out", tmp_path / "name.png")
     assert "class MovingDigitLeft: text ids 1,2,3,0,0,0,0,0" in result.stderr
-    assert "name.png: 17 predicted (orange) in each of 3 clips, made in " in result.stdout
+    assert "name.png: 17 predicted frames (orange) in each of 3 clips, generated in " in result.stdout
     made(*rest, "--text-ids", "1,2,3,0,0,0,0,0", "--out", tmp_path / "ids.png")
     assert (tmp_path / "name.png").read_bytes() == (tmp_path / "ids.png").read_bytes()
     made(*rest, "--class", "right", "--out", tmp_path / "other.png")
@@ -394,12 +406,12 @@ def test_options_of_the_other_kind_of_model(bundles: Bundles, tmp_path: Path) ->
     source = film(tmp_path / "in.mp4")
     for option in (("--class", "left"), ("--text-ids", "1,0"), ("--text-tokenizer", source)):
         message = refused(2, "--bundle", bundles(), *out, *option)
-        assert f"predicts from frames: give --video FILE, not {option[0]}" in message
-    assert "predicts from frames: which? --video FILE" in refused(2, "--bundle", bundles(), *out)
+        assert f"predicts from given frames: use --video FILE instead of {option[0]}" in message
+    assert "predicts from given frames: name a video with --video FILE" in refused(2, "--bundle", bundles(), *out)
     words = ("--bundle", bundles("words"), *out)
     for option in (("--video", source), ("--start", "2")):
-        assert f"give --class NAME or --text-ids, not {option[0]}" in refused(2, *words, *option)
-    assert "makes clips of a class: which? --class NAME, or --text-ids" in refused(2, *words)
+        assert f"use --class NAME or --text-ids instead of {option[0]}" in refused(2, *words, *option)
+    assert "generates clips of a class: name one with --class NAME or --text-ids" in refused(2, *words)
     for other in (("--class", "left"), ("--text-tokenizer", source)):
         assert "leave out --class and --text-tokenizer" in refused(2, *words, "--text-ids", "1,0,0,0,0,0,0,0", *other)
     assert "no class 'lift': did you mean 'left'?" in refused(2, *words, "--class", "lift")

@@ -39,11 +39,11 @@ def test_a_failure_before_the_first_clip_is_the_reason() -> None:
 
 
 def test_a_failure_after_some_clips_is_a_note() -> None:
-    found = recorded("cudagraph", [clip(), clip()], "the time was up", [clip()])
+    found = recorded("cudagraph", [clip(), clip()], "the time limit was reached", [clip()])
     assert found.not_measured is None
     assert found.total_ns == [7, 7]
     assert found.loop_ns == [5, 5]
-    assert found.notes == ["it stopped after 2 clips: the time was up"]
+    assert found.notes == ["it stopped after 2 clips: the time limit was reached"]
     assert found.token_agreement == 1  # of the one clip that both have
 
 

@@ -169,7 +169,7 @@ def test_torch_is_enough(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     row, *missing = record.read(tmp_path / "out" / "records.jsonl")
-    assert row.video == "noise frames, because PyAV is not installed"
+    assert row.video == "random frames, because PyAV is not installed"
     assert len(row.device_step_ns) == len(row.device_pass_ns) == 3
     assert row.step_bytes
     assert row.copy_bandwidth
@@ -191,7 +191,7 @@ def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
         sweep._deadline = 0.0
         sweep._identities[plan.subjects[0]] = measure.identify(Host(), RANDOM)
         ((measured,),) = sweep.run()
-    assert measured.record.not_measured == "the time was up"
+    assert measured.record.not_measured == "the time limit was reached"
 
 
 @pytest.mark.usefixtures("quick")

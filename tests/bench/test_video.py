@@ -159,7 +159,7 @@ def test_windows_of_a_damaged_film(tmp_path: Path) -> None:
     damage(path, *range(20, 60))
     found, name = video.windows(spec, path, 7)
     assert 1 < len(found) < 7
-    short = r"a\.avi has 60 frames, the model is given 5; "
+    short = r"a\.avi has 60 frames, and the model needs 5; "
     damage(path, *range(4, 60))
     with pytest.raises(UsageError, match=short + r"56 damaged frames left out from 0\.40 to 5\.90 s"):
         video.windows(spec, path, 7)
@@ -199,23 +199,23 @@ def test_what_the_encoder_refuses_is_one_line(tmp_path: Path, monkeypatch: pytes
         raise av.FFmpegError(28, "No space left on device")
 
     monkeypatch.setitem(video.WRITERS, ".mp4", refuse)
-    with pytest.raises(UsageError, match=r"2 pictures of 7x9 in a \.mp4: No space left on device"):
+    with pytest.raises(UsageError, match=r"2 clips of 7x9 pixels cannot be written as \.mp4: No space left on device"):
         video.write(tmp_path / "a.mp4", tiles(2), RATE)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "new" / "a.mp4"
-    with video.appearing(out, force=False) as partial:
+    with video.output_file(out, force=False) as partial:
         assert partial.parent == out.parent
         assert partial.suffix == ".mp4"
         partial.write_bytes(b"whole")
         assert not out.exists()
     assert out.read_bytes() == b"whole"
     assert out.stat().st_mode & 0o777 == 0o644
-    with suppress(ZeroDivisionError), video.appearing(out, force=True) as partial:
+    with suppress(ZeroDivisionError), video.output_file(out, force=True) as partial:
         partial.write_bytes(b"half")
         raise ZeroDivisionError
     assert out.read_bytes() == b"whole"
     assert list(out.parent.iterdir()) == [out]
-    with pytest.raises(UsageError, match="exists"), video.appearing(out, force=False):
+    with pytest.raises(UsageError, match="exists"), video.output_file(out, force=False):
         pass
