@@ -82,4 +82,4 @@ def _usable(folder: Path) -> Bundle:
         reason = "other versions of the packages exported it"
     except BundleError as error:
         reason = error.message
-    raise UsageError(f"{folder} cannot be used, because {reason}: remove the folder, or choose another --out")
+    raise UsageError(f"{folder} cannot be used ({reason}): remove the folder, or choose another --out")

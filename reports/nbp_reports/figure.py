@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nbp_errors import printable
 from nbp_files import replacing
 from nbp_reports.record import Record
 from nbp_reports.table import IDENTITY, caption
@@ -14,12 +15,16 @@ from nbp_reports.table import IDENTITY, caption
 PAPER_FPS = {1: 0.80, 8: 5.24, 16: 8.89, 32: 10.81, 64: 14.12, 256: 17.14}
 
 
+def plain(text: str) -> str:
+    """A name as matplotlib shows it unchanged: between two dollar signs, it would read mathematics."""
+    return printable(text).replace("$", r"\$")
+
+
 def fps_by_block(records: Sequence[Record], path: Path) -> None:
     """Draw one line per engine, every clip a dot, and the paper's curve in a panel of its own; all rows have clips."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rc("text", parse_math=False)  # a dollar sign in a name is a dollar sign
     from matplotlib import pyplot as plt
 
     names = {id(r): (r.engine, *(cell(r) for cell in IDENTITY.values())) for r in records}
@@ -27,7 +32,7 @@ def fps_by_block(records: Sequence[Record], path: Path) -> None:
     engines: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         shown = (part for part, differs in zip(names[id(record)], varies, strict=True) if differs)
-        engines[", ".join(shown)].append(record)
+        engines[plain(", ".join(shown))].append(record)
     figure, (ours, paper) = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
     for engine, rows in engines.items():
         rows.sort(key=lambda r: r.block_size)
@@ -37,7 +42,7 @@ def fps_by_block(records: Sequence[Record], path: Path) -> None:
             fps = [r.frames * r.batch / (ns / 1e9) for ns in r.total_ns]
             ours.plot([r.block_size] * len(fps), fps, ".", color=line.get_color(), alpha=0.4)
     machines = "; ".join(dict.fromkeys(r.gpu if r.device != "cpu" and r.gpu else r.machine for r in records))
-    ours.set_title(f"{caption(records)}\n{machines}", fontsize=8, wrap=True)
+    ours.set_title(f"{plain(caption(records))}\n{plain(machines)}", fontsize=8, wrap=True)
     ours.legend()
     paper.plot(list(PAPER_FPS), list(PAPER_FPS.values()), marker="o", color="grey", label="paper, authors' loop")
     paper.set_title("the paper's Fig. 7: another machine and model\n(700M parameters, one A100)", fontsize=9)
@@ -60,7 +65,6 @@ def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> N
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rc("text", parse_math=False)  # a dollar sign in a name is a dollar sign
     from matplotlib import pyplot as plt
 
     longest = max(len(video) for video in strips.values())
@@ -72,7 +76,7 @@ def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> N
         if given:
             row.axvline(given, color="red", linewidth=2)
         row.set_xlim(0, longest)
-        row.set_ylabel(label)
+        row.set_ylabel("\n".join(map(plain, label.split("\n"))))
         row.set_xticks([])
         row.set_yticks([])
     frames_given = f"Left of the red line: the {given} given frames. Right of it: predicted frames of one clip"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from nbp_errors import printable
 from nbp_reports.record import REFERENCE, STAGES, Record
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def caption(records: Sequence[Record]) -> str:
         if len(values := {cell(r) for r in records}) == 1:
             parts.append(values.pop() if name == "model" else f"{name} {values.pop()}")
     parts += dict.fromkeys(r.video for r in records)
-    return "; ".join(parts)
+    return printable("; ".join(parts))
 
 
 def label(record: Record) -> str:
@@ -151,7 +152,7 @@ def line(record: Record) -> str:
 def remarks(records: Sequence[Record]) -> list[str]:
     """Why rows were not measured, and what a reader of the others should know."""
     missing = [f"{_what(r)}: not measured: {r.not_measured}" for r in records if r.not_measured]
-    return missing + [f"{_what(r)}: {note}" for r in records for note in r.notes]
+    return [printable(line) for line in (*missing, *(f"{_what(r)}: {note}" for r in records for note in r.notes))]
 
 
 def _what(record: Record) -> str:
@@ -169,7 +170,7 @@ def rows(columns: Columns, records: Sequence[Record]) -> list[list[str]]:
     """One row of cells per record; where nothing was measured, of FPS that alone is said."""
     kept = {*IDENTITY, "block", "engine", "FPS"}
     return [
-        [cell(record) if record.total_ns or name in kept else "" for name, cell in columns.items()]
+        [printable(cell(record)) if record.total_ns or name in kept else "" for name, cell in columns.items()]
         for record in records
     ]
 

@@ -1,12 +1,16 @@
 """What goes wrong in a process that engines share, as on a GPU: it costs a row, or a part of it, and no more."""
 
+import errno
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from nbp_bench import measure, sweep
 from nbp_bench import run as bench_run
@@ -18,6 +22,7 @@ from nbp_bench.sweep import Measured, Sweep
 from nbp_bench.worker import Worker, WorkerError
 from nbp_export import sources, weights
 from nbp_export.request import Request
+from nbp_reports import record
 
 RANDOM = Request(model="nbp-tiny", weights="random", block="256")
 Trouble = Callable[[str, str], None]
@@ -123,6 +128,95 @@ def test_an_engine_that_nothing_was_compared_with_is_an_error(
     assert "these could not be compared with the reference" in " ".join(done.output.split())
     assert "1x16x16 fp32 eager" in done.output
     assert (tmp_path / "out" / "records.jsonl").exists()
+
+
+Bench = Callable[..., Result]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Run `nbp-bench` on two blocks with random weights in this process; `trouble` precedes each call of a function."""
+    monkeypatch.setattr(bench_run, "check_golden", lambda: None)
+    monkeypatch.setattr(sweep, "Worker", Here)
+    monkeypatch.setattr(Here, "log", [], raising=False)
+    monkeypatch.setattr(Sweep, "_process", lambda *_: "shared")
+
+    def invoke(trouble: Trouble) -> Result:
+        monkeypatch.setattr(Here, "trouble", staticmethod(trouble), raising=False)
+        options = ["--model", "nbp-tiny", "--weights", "random", "--sizes", "256,16", "--engines", "eager"]
+        return CliRunner().invoke(main, [*options, "--clips", "1", "--out", str(tmp_path / "out")])
+
+    return invoke
+
+
+def on_the_second_block(error: BaseException, function: str = "predict") -> Trouble:
+    """Raise an error when a function is called for the second block."""
+    calls = []
+
+    def trouble(name: str, engine: str) -> None:  # noqa: ARG001
+        if name == function:
+            calls.append(name)
+            if len(calls) == 2:
+                raise error
+
+    return trouble
+
+
+def test_an_engine_that_fails_on_the_way_keeps_the_finished_rows_and_exits_with_1(bench: Bench, tmp_path: Path) -> None:
+    done = bench(on_the_second_block(DeathError()))
+    assert done.exit_code == 1
+    assert "these failed, see" in done.output
+    assert "1x1x16 fp32 eager" in done.output
+    good, bad = record.read(tmp_path / "out" / "records.jsonl")
+    assert good.fps
+    assert bad.not_measured == "its process died"
+    assert "its process died" in (tmp_path / "out" / "report.md").read_text("utf-8")
+
+
+def test_ctrl_c_keeps_the_finished_rows(bench: Bench, tmp_path: Path) -> None:
+    done = bench(on_the_second_block(KeyboardInterrupt()))
+    assert done.exit_code == 130
+    assert done.output.endswith("Aborted!\n")
+    assert "the run ended early, after 1 rows" in done.output
+    (row,) = record.read(tmp_path / "out" / "records.jsonl")
+    assert row.block == "1x16x16"
+    assert row.fps
+    assert "1x16x16" in (tmp_path / "out" / "report.md").read_text("utf-8")
+
+
+def test_a_full_disk_is_one_line_and_the_last_records_stay_whole(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = Path.write_bytes, []
+
+    def refuse(path: Path, content: bytes) -> int:
+        calls.append(path)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    done = bench(lambda *_: None)
+    assert done.exit_code == 1
+    assert done.output.splitlines()[-1].startswith("Error: ")
+    assert "No space left on device" in done.output.splitlines()[-1]
+    assert "Traceback" not in done.output
+    assert "1x16x16" in done.output  # the table of what was measured
+    (row,) = record.read(tmp_path / "out" / "records.jsonl")
+    assert row.block == "1x16x16"
+    assert not list((tmp_path / "out").glob(".*.partial*"))
+
+
+def test_a_disk_without_space_for_the_bundles_is_refused_first(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    options = ["--sizes", "256", "--engines", "eager,ort-cpu", "--clips", "1", "--out", str(tmp_path / "out")]
+    assert bench(lambda *_: None).exit_code == 0  # PyTorch engines need no bundle
+    done = CliRunner().invoke(main, options)
+    assert done.exit_code == 2
+    assert "needs 0.0 GB and its disk has 0.0 GB free: free space there" in " ".join(done.output.split())
+    assert "predict" not in [name for name, _, _ in Here.log][-2:]
 
 
 def test_the_deadline_ends_a_row_and_leaves_the_profile_its_time(

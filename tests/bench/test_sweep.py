@@ -94,7 +94,7 @@ def test_the_bundled_models_in_every_engine_of_a_cpu(tmp_path: Path, request: py
     (step,) = tmp_path.glob("bundles/*/step.onnx")
     step.write_bytes(step.read_bytes() + b"\0")
     (row,), output = bench(tmp_path, "--sizes", "256", "--engines", "ort-cpu", code=1)
-    assert re.search(r"step.onnx is not the file.*remove it", row.not_measured or "")
+    assert re.search(r"step.onnx is not the file.*remove the folder", row.not_measured or "")
     assert row.fps is None
     assert "nothing could be measured" in output
 
@@ -144,7 +144,7 @@ def test_one_entry_makes_a_runtime(
     assert receipt["executed"] == "in fp32 by a fake of version 7"
     assert "pytest" in receipt["versions"]
     CliRunner().invoke(nbp_export, ["verify", str(bundle)])  # by ONNX Runtime again
-    records, _ = bench(tmp_path / "out", "--bundle", str(bundle), "--engines", "dying,fake")
+    records, _ = bench(tmp_path / "out", "--bundle", str(bundle), "--engines", "dying,fake", code=1)
     died, fake = records
     assert died.not_measured == "its process died with exit code 3"
     assert fake.fps
@@ -178,7 +178,7 @@ def test_torch_is_enough(tmp_path: Path) -> None:
         "cudagraph runs on cuda, not on cpu",
         "tensorrt runs on cuda, not on cpu",
     ]
-    assert "left out: pictures, the full report; pip install matplotlib jinja2 brings them" in done.stdout
+    assert "left out: pictures, the full report; to get them, pip install matplotlib jinja2" in done.stdout
     assert "| 1x16x16 | eager |" in done.stdout
     assert "1x16x16" in (tmp_path / "out" / "report.md").read_text()
     assert "aten::" in (tmp_path / "out" / "profile.txt").read_text()

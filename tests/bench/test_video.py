@@ -159,7 +159,7 @@ def test_windows_of_a_damaged_film(tmp_path: Path) -> None:
     damage(path, *range(20, 60))
     found, name = video.windows(spec, path, 7)
     assert 1 < len(found) < 7
-    short = r"a\.avi has 60 frames, and the model needs 5; "
+    short = r"a\.avi has 60 frames, and the model needs 5 given frames; "
     damage(path, *range(4, 60))
     with pytest.raises(UsageError, match=short + r"56 damaged frames left out from 0\.40 to 5\.90 s"):
         video.windows(spec, path, 7)

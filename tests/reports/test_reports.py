@@ -243,3 +243,21 @@ def test_contact_sheet_goes_into_the_report(tmp_path: Path) -> None:
     video = np.random.default_rng(0).integers(0, 256, (17, 3, 32, 32), np.uint8)
     figure.contact_sheet({"filmed": video[:9], "L = 16": video}, 5, tmp_path / markdown.SHEET)
     assert f"({markdown.SHEET})" in markdown.report([_record()], tmp_path).read_text()
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    name = "[bold]a|b`c$x_$<i>*d*\n\x1b[31m"
+    rows = [_record(model=name, command=f"nbp-bench --bundle '{name}'", video=name, engine=e) for e in ("eager", "x")]
+    figure.fps_by_block(rows, tmp_path / "fps.png")  # a pair of dollar signs would be mathematics
+    rows.append(_record(model="other", not_measured=f"{name} is missing", total_ns=[]))
+    text = markdown.report(rows, tmp_path).read_text("utf-8")
+    shown = r"\[bold\]a\|b\`c$x_$\<i>\*d\*\\n\\x1b\[31m"
+    assert f"| {shown} | 1x1x16 | eager |" in text
+    assert f"{shown} is missing" in text
+    assert "\x1b" not in text
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "eager" in line]
+    assert len({line.replace("\\|", "").count("|") for line in lines[:1]}) == 1
+    console = Console(width=200, record=True, markup=False, emoji=False)
+    ((_, (columns, table_rows)), *_) = table.tables(rows).items()
+    console.print(table.terminal("title", columns, table_rows))
+    assert "[bold]a|b`c$x_$<i>*d*" in console.export_text()
