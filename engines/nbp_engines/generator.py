@@ -99,7 +99,7 @@ class Generator:
         spec = self.session.spec
         clip, prefix = self._begin(condition)
         noise = np.stack([self._noise(sample, block) for block in range(spec.blocks)])
-        clip[:, spec.order()[-spec.blocks * spec.block_size :]] = session.unroll(prefix, noise, self.sampling)
+        clip[:, spec.block_order()[-spec.blocks * spec.block_size :]] = session.unroll(prefix, noise, self.sampling)
         timeline.mark("loop")
         return clip
 
@@ -111,7 +111,7 @@ class Generator:
         if spec.hybrid:
             return clip, condition + spec.block_size
         clip[:, : spec.condition_tokens] = condition
-        return clip, clip[:, spec.order()[: spec.condition_tokens]]
+        return clip, clip[:, spec.block_order()[: spec.condition_tokens]]
 
     def _noise(self, sample: int, block: int) -> np.ndarray:
         """Uniforms [B,L] of a block of each clip."""
@@ -144,7 +144,7 @@ class Generator:
         spec, timeline = self.session.spec, timeline or Timeline()
         clip, prefix = self._begin(condition)
         batch, size, P = spec.batch, spec.block_size, spec.condition_tokens
-        order, given = spec.order(), spec.clip_tokens - spec.blocks * size
+        order, given = spec.block_order(), spec.clip_tokens - spec.blocks * size
         logits = self.session.prefill(prefix)
         timeline.mark("prefill")
         for block in range(spec.blocks):
