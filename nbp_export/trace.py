@@ -87,7 +87,7 @@ def read_trace(bundle: Bundle) -> dict[str, Any]:
     """
     path = bundle.path / TRACE
     if TRACE not in {file.path for file in bundle.manifest.files}:
-        raise BundleError(f"{bundle.path} has no {TRACE} to check it with: export it again; {bundle.manifest.made}")
+        raise BundleError(f"{bundle.path} has no {TRACE} to check it with: export it again; {bundle.manifest.origin}")
     try:
         trace: dict[str, Any] = loads(path.read_bytes())
         check(trace, _rules(bundle.manifest.spec), "trace")
@@ -304,7 +304,7 @@ class _Replay(_Script):
         if self._call[name] != value:
             raise ParityError(
                 f"{self.bundle.path / TRACE}: {name} of call {self.number} are not those that the loop feeds after the "
-                f"calls before it: the trace is not this bundle's. Export the bundle again; {self.bundle.manifest.made}"
+                f"calls before it: the trace is not this bundle's. Export it again; {self.bundle.manifest.origin}"
             )
 
     def _add(self, check: Check) -> None:
@@ -312,7 +312,7 @@ class _Replay(_Script):
             raise ParityError(
                 f"{self.bundle.graph_file(check.graph)}, run by {self._runtime.name}, does not repeat {TRACE} in call "
                 f"{self.number}: {check.where} (error {check.worst:.3g}, allowed {check.tolerance:g}). Graph or "
-                f"trace is not the model's: do not use the bundle, export it again; {self.bundle.manifest.made}"
+                f"trace is not the model's: do not use the bundle, export it again; {self.bundle.manifest.origin}"
             )
         self.checks.append(check)
 

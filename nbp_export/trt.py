@@ -134,7 +134,7 @@ def build(graph: Path, uses: Sequence[GraphSpec], library: Library, options: Opt
     content = builder.build_serialized_network(network, config)
     seconds = perf_counter() - began
     if content is None:
-        raise BuildError(_why_not(graph, library, options, log.named("ERROR")))
+        raise BuildError(_why_not(graph, library, options, log.messages("ERROR")))
     keep_timings(config, library, options)
     layers = [_described(layer) for layer in _layers(network)]
     del parser, network, config
@@ -147,7 +147,7 @@ def build(graph: Path, uses: Sequence[GraphSpec], library: Library, options: Opt
         attention=("decomposed" if decomposed else "fused") if attentions else "none",
         weights=next(_memory(log, "Weights"), None),
         activations=tuple(_memory(log, "Activation")),
-        warnings=len(log.named("WARNING")),
+        warnings=len(log.messages("WARNING")),
         seconds=round(seconds, 1),
         seen_in="the network" if inside is None else "the engine",
     )
@@ -205,7 +205,7 @@ def faults(network: Any, warnings: Sequence[str], use: GraphSpec) -> Iterator[st
 
 
 def _raise_faults(graph: Path, network: Any, log: Log, use: GraphSpec) -> None:
-    if complaints := [*faults(network, log.named("WARNING"), use)]:
+    if complaints := [*faults(network, log.messages("WARNING"), use)]:
         raise BuildError(f"TensorRT would not run {graph} as it is meant:\n  " + "\n  ".join(complaints))
 
 
@@ -255,7 +255,7 @@ def _why_not(graph: Path, library: Library, options: Options, errors: Sequence[s
 
 def _memory(log: Log, what: str) -> Iterator[int]:
     """Bytes of a kind, a figure for each profile, as the builder tells them."""
-    found = (re.fullmatch(rf"Total {what} Memory: (\d+) bytes", text) for text in log.named("INFO"))
+    found = (re.fullmatch(rf"Total {what} Memory: (\d+) bytes", text) for text in log.messages("INFO"))
     return (int(match[1]) for match in found if match)
 
 

@@ -88,7 +88,7 @@ def identity_of(bundle: Bundle) -> Identity:
 
 def agreement(tokens: np.ndarray, reference: np.ndarray, spec: SystemSpec) -> tuple[float, int | None]:
     """Share of predicted tokens of clips [clips,T·H·W] that are equal, and the earliest generated that is not."""
-    equal = (tokens == reference)[:, spec.order()[-spec.blocks * spec.block_size :]]
+    equal = (tokens == reference)[:, spec.block_order()[-spec.blocks * spec.block_size :]]
     return float(equal.mean()), None if equal.all() else int((~equal).any(0).argmax())
 
 

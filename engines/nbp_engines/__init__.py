@@ -1,4 +1,4 @@
-"""Opens and runs bundles: numpy and one runtime, no torch."""
+"""Opens and runs bundles. It needs numpy and one runtime, and no torch."""
 
 from nbp_engines.bundle import Bundle
 from nbp_engines.generator import Clip, Generator

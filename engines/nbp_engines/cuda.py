@@ -1,7 +1,7 @@
-"""An NVIDIA GPU through cuda-python alone: memory, one stream, captured graphs, and the sampling kernel.
+"""Access to an NVIDIA GPU through cuda-python: memory, one stream, CUDA graphs and the sampling kernel.
 
-Everything is enqueued on the device's one stream, and so happens in the order in which it is written; everything is
-given back when the device is closed. Tests run it against an emulation of CUDA (tests/engines/emulated.py).
+All work is enqueued on one stream of the device, which runs it in that order. Closing the device frees everything that
+was allocated on it. Tests run this module against an emulation of CUDA (tests/engines/emulated.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,26 +20,35 @@ from nbp_engines.errors import EngineError
 from nbp_engines.sampling import Sampling, sample
 from nbp_engines.spec import SystemSpec
 
-# What a tensor's elements are on the host: numpy has no bf16, so its bits are moved as whole numbers.
-HOST = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int64": np.int64, "fp64": np.float64}
-CUDA = 13  # of cuda-python; the runtime is inside it, the driver has to be for this version or a later one
+# The numpy dtype that holds each dtype on the host. numpy has no bf16, so its bits are stored as uint16.
+HOST_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int64": np.int64, "fp64": np.float64}
+# Major version of cuda-python, which contains the CUDA runtime. The driver must support this version or a later one.
+CUDA_MAJOR = 13
 KERNEL = Path(__file__).with_name("sample.cu")
-THREADS = 1024  # of the kernel, a row
-# Its parameters: logits, uniforms, vocab, temperature, top_k, top_p, tokens.
-ARGUMENTS = (c_void_p, c_void_p, c_int, c_double, c_int, c_double, c_void_p)
+THREADS = 1024  # threads per block of the sampling kernel, which has one block per row
+# C types of the kernel's parameters: logits, uniforms, vocab, temperature, top_k, top_p, tokens.
+PARAMETER_TYPES = (c_void_p, c_void_p, c_int, c_double, c_int, c_double, c_void_p)
 
 
 @cache
 def bindings(name: str) -> Any:
-    """cuda-python's module `runtime`, `driver` or `nvrtc`. Raises EngineError with the pip command if it is missing."""
+    """Import cuda-python's module `runtime`, `driver` or `nvrtc`.
+
+    Raises EngineError, with the pip command, if it is not installed.
+    """
     try:
         return import_module(f"cuda.bindings.{name}")
     except ModuleNotFoundError:
-        raise EngineError(f"running on a GPU needs cuda-python {CUDA}: pip install 'cuda-bindings=={CUDA}.*'") from None
+        raise EngineError(
+            f"running on a GPU needs cuda-python {CUDA_MAJOR}: pip install 'cuda-bindings=={CUDA_MAJOR}.*'"
+        ) from None
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: object) -> Any:
-    """What a CUDA function returns beside its status. Raises EngineError, naming both, if that is an error."""
+    """Call a CUDA function and return its value without the status, or None if it returns a status alone.
+
+    Raises EngineError, with the names of the function and of the status, if the status is an error.
+    """
     status, *values = function(*arguments)
     if status.value:
         raise EngineError(f"{function.__name__}: {status.name}")
@@ -48,128 +57,152 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: object) -> Any:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, the stream that it is used by, and what it was given to hold.
+    """A GPU with one stream, and the resources that were allocated on it.
 
     Attributes:
-        name: such as `NVIDIA A100-SXM4-40GB`.
-        arch: such as `sm80`.
-        stream: the handle.
+        name: the GPU's name, such as `NVIDIA A100-SXM4-40GB`.
+        arch: its architecture, such as `sm80`.
+        stream: the handle of the stream.
     """
 
     name: str
     arch: str
     stream: Any
-    _held: ExitStack = field(repr=False)
+    _resources: ExitStack = field(repr=False)
 
     @classmethod
     def open(cls, index: int = 0) -> Self:
-        """The GPU of this number. Raises EngineError if there is none, no cuda-python, no driver or too old a one."""
-        if why := no_gpu(index):
-            raise EngineError(why)
+        """Open the GPU with this number.
+
+        Raises EngineError if cuda-python or the GPU is missing, or if the driver is missing or too old.
+        """
+        if problem := gpu_problem(index):
+            raise EngineError(problem)
         rt = bindings("runtime")
         call(rt.cudaSetDevice, index)
-        known = call(rt.cudaGetDeviceProperties, index)
-        # One that does not wait for the default stream, where other libraries work.
+        properties = call(rt.cudaGetDeviceProperties, index)
+        # A non-blocking stream does not wait for the default stream, which other libraries use.
         stream = call(rt.cudaStreamCreateWithFlags, rt.cudaStreamNonBlocking)
-        held = ExitStack()
-        held.callback(call, rt.cudaStreamDestroy, stream)
-        name = bytes(known.name).partition(b"\0")[0].decode()
-        return cls(name, f"sm{known.major}{known.minor}", stream, held)
+        resources = ExitStack()
+        resources.callback(call, rt.cudaStreamDestroy, stream)
+        name = bytes(properties.name).partition(b"\0")[0].decode()
+        return cls(name, f"sm{properties.major}{properties.minor}", stream, resources)
 
     def free(self) -> int:
-        """Bytes that are free on it now."""
+        """Return how many bytes of device memory are free now."""
         _, free, _ = bindings("runtime").cudaMemGetInfo()
         return int(free)
 
-    def allocate(self, shape: Sequence[int], dtype: str, what: str = "a tensor") -> "Buffer":
-        """Memory for a tensor, zeroed: what is masked is multiplied by 0, and what lay there before may be NaN.
+    def allocate(self, shape: Sequence[int], dtype: str, name: str = "a tensor") -> "Buffer":
+        """Allocate a zeroed tensor.
 
-        Raises EngineError, telling what was asked for and what is free, if it does not fit.
+        The zeros matter: attention multiplies masked values by 0, and old memory may contain NaN.
+
+        Args:
+            shape: the tensor's shape.
+            dtype: a key of `HOST_DTYPES`.
+            name: what the error's message calls the tensor.
+
+        Raises EngineError, with the bytes that are needed and free, if the memory does not suffice.
         """
-        rt, nbytes = bindings("runtime"), prod(shape) * np.dtype(HOST[dtype]).itemsize
+        rt, nbytes = bindings("runtime"), prod(shape) * np.dtype(HOST_DTYPES[dtype]).itemsize
         status, pointer = rt.cudaMalloc(nbytes)
         if status == rt.cudaError_t.cudaErrorMemoryAllocation:
-            rt.cudaGetLastError()  # it would be the next library's error
-            raise EngineError(f"no room for {what} on {self.name}: asked for {nbytes:,} bytes, {self.free():,} free")
+            rt.cudaGetLastError()  # this resets the error, which another library would report as its own
+            raise EngineError(
+                f"no memory for {name} on {self.name}: it needs {nbytes:,} bytes, {self.free():,} are free"
+            )
         if status.value:
             raise EngineError(f"cudaMalloc: {status.name}")
-        self.hold(rt.cudaFree, pointer)
+        self.free_on_close(rt.cudaFree, pointer)
         call(rt.cudaMemsetAsync, pointer, 0, nbytes, self.stream)
         return Buffer(self, int(pointer), tuple(shape), dtype)
 
     def synchronize(self) -> None:
-        """Wait for all that is enqueued. Raises EngineError if any of it failed."""
+        """Wait for all enqueued work. Raises EngineError if any of it failed."""
         call(bindings("runtime").cudaStreamSynchronize, self.stream)
 
-    def hold(self, give_back: Callable[..., tuple[Any, ...]], handle: object) -> None:
-        """Have a CUDA function called on a handle when the device is closed."""
-        self._held.callback(call, give_back, handle)
+    def free_on_close(self, function: Callable[..., tuple[Any, ...]], handle: object) -> None:
+        """Register a CUDA function that frees a resource. It is called with the handle when the device is closed."""
+        self._resources.callback(call, function, handle)
 
     def close(self) -> None:
-        """Give back everything, the last first."""
-        self._held.close()
+        """Free all resources in the reverse order of their allocation."""
+        self._resources.close()
 
     def __enter__(self) -> Self:
-        """The device itself."""
+        """Return the device."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the device."""
         self.close()
 
 
-def no_gpu(index: int = 0) -> str | None:
-    """Why the GPU of this number cannot be used, with the cure; None if it can."""
+def gpu_problem(index: int = 0) -> str | None:
+    """Return why the GPU with this number cannot be used, and what to do about it, or None if it can be used."""
     try:
         rt = bindings("runtime")
     except EngineError as error:
         return error.message
-    served = call(rt.cudaDriverGetVersion)
-    if not served:
-        return "no NVIDIA driver: it runs on a GPU; the runtime ort-cpu runs the same graphs on a CPU"
-    if served < CUDA * 1000:
-        driver = f"{served // 1000}.{served % 1000 // 10}"
-        return f"the NVIDIA driver serves CUDA {driver}, {CUDA}.0 is needed: install driver 580 or later"
+    supported = call(rt.cudaDriverGetVersion)
+    if not supported:
+        return "no NVIDIA driver is installed: install one, or use the runtime ort-cpu, which needs no GPU"
+    if supported < CUDA_MAJOR * 1000:
+        version = f"{supported // 1000}.{supported % 1000 // 10}"
+        return f"the NVIDIA driver supports CUDA {version}, but {CUDA_MAJOR}.0 is needed: install driver 580 or later"
     status, count = rt.cudaGetDeviceCount()
     if status.value or not index < count:
-        found = status.name if status.value else f"{count} found, number {index} asked for"
-        return f"there is no GPU to run on: {found}. CUDA_VISIBLE_DEVICES may hide it"
+        reason = status.name if status.value else f"number {index} does not exist, the number of GPUs is {count}"
+        return f"there is no GPU to run on: {reason}. CUDA_VISIBLE_DEVICES may hide it"
     return None
 
 
 def gpu_name() -> str:
-    """The name of the GPU. Raises EngineError if there is none."""
+    """Return the name of the GPU. Raises EngineError if there is none."""
     with Device.open() as device:
         return device.name
 
 
 class Buffer:
-    """A tensor on the device. bf16 comes and goes as float32, rounded to the nearest even on the way in."""
+    """A tensor on the device.
+
+    A bf16 buffer is written from float32, which is rounded to the nearest with ties to even, and read as float32.
+
+    Attributes:
+        device: the device.
+        ptr: the tensor's address on the device.
+        shape: the tensor's shape.
+        dtype: a key of `HOST_DTYPES`.
+        nbytes: the tensor's size in bytes.
+    """
 
     def __init__(self, device: Device, pointer: int, shape: tuple[int, ...], dtype: str) -> None:
         self.device = device
         self.ptr = pointer
         self.shape = shape
         self.dtype = dtype
-        self.nbytes = prod(shape) * np.dtype(HOST[dtype]).itemsize
+        self.nbytes = prod(shape) * np.dtype(HOST_DTYPES[dtype]).itemsize
 
     def write(self, array: np.ndarray) -> None:
-        """Fill it. Raises EngineError for another shape, or a dtype that this one cannot hold."""
-        due = np.dtype(np.float32 if self.dtype == "bf16" else HOST[self.dtype])
-        if array.shape != self.shape or not np.can_cast(array.dtype, due, "same_kind"):
-            raise EngineError(f"{array.dtype} {list(array.shape)} for a buffer of {self.dtype} {list(self.shape)}")
-        given = array.astype(due, copy=False)
-        host = np.ascontiguousarray(_to_bf16(given) if self.dtype == "bf16" else given)
+        """Overwrite the tensor. Raises EngineError for an array of another shape or of an incompatible dtype."""
+        host_dtype = np.dtype(np.float32 if self.dtype == "bf16" else HOST_DTYPES[self.dtype])
+        if array.shape != self.shape or not np.can_cast(array.dtype, host_dtype, "same_kind"):
+            raise EngineError(
+                f"cannot write {array.dtype} {list(array.shape)} to a buffer of {self.dtype} {list(self.shape)}"
+            )
+        values = array.astype(host_dtype, copy=False)
+        host = np.ascontiguousarray(_to_bf16(values) if self.dtype == "bf16" else values)
         self._copy(self.ptr, host.ctypes.data, "HostToDevice")
 
     def read(self) -> np.ndarray:
-        """What it holds, once all that is enqueued has run."""
-        host = np.empty(self.shape, HOST[self.dtype])
+        """Wait for all enqueued work and return a copy of the tensor."""
+        host = np.empty(self.shape, HOST_DTYPES[self.dtype])
         self._copy(host.ctypes.data, self.ptr, "DeviceToHost")
         return (host.astype(np.uint32) << 16).view(np.float32) if self.dtype == "bf16" else host
 
-    def _copy(self, to: int, source: int, way: str) -> None:
-        enqueue_copy(self.device, to, source, self.nbytes, way)
+    def _copy(self, destination: int, source: int, direction: str) -> None:
+        enqueue_copy(self.device, destination, source, self.nbytes, direction)
         self.device.synchronize()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -182,72 +215,86 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded >> 16).astype(np.uint16)
 
 
-def enqueue_copy(device: Device, to: int, source: int, nbytes: int, way: str) -> None:
-    """Enqueue a copy between addresses; `way` is `HostToDevice`, `DeviceToHost` or `DeviceToDevice`."""
+def enqueue_copy(device: Device, destination: int, source: int, nbytes: int, direction: str) -> None:
+    """Enqueue a copy between two addresses.
+
+    Args:
+        device: the device, on whose stream the copy runs.
+        destination: address to copy to.
+        source: address to copy from.
+        nbytes: number of bytes.
+        direction: `HostToDevice`, `DeviceToHost` or `DeviceToDevice`.
+    """
     rt = bindings("runtime")
-    kind = getattr(rt.cudaMemcpyKind, f"cudaMemcpy{way}")
-    call(rt.cudaMemcpyAsync, to, source, nbytes, kind, device.stream)
+    kind = getattr(rt.cudaMemcpyKind, f"cudaMemcpy{direction}")
+    call(rt.cudaMemcpyAsync, destination, source, nbytes, kind, device.stream)
 
 
 class Mirror:
-    """A tensor on the device and its copy in pinned memory, which a captured graph can copy from and to.
+    """A tensor on the device with a copy in pinned host memory. A CUDA graph can copy between the two.
 
     Attributes:
-        host: the copy, an array.
-        buffer: on the device.
+        host: the copy on the host, an array.
+        buffer: the tensor on the device.
     """
 
-    def __init__(self, device: Device, shape: Sequence[int], dtype: str, what: str = "a tensor") -> None:
+    def __init__(self, device: Device, shape: Sequence[int], dtype: str, name: str = "a tensor") -> None:
         rt = bindings("runtime")
-        self.buffer = device.allocate(shape, dtype, what)
+        self.buffer = device.allocate(shape, dtype, name)
         self._pinned = int(call(rt.cudaMallocHost, self.buffer.nbytes))
-        device.hold(rt.cudaFreeHost, self._pinned)
+        device.free_on_close(rt.cudaFreeHost, self._pinned)
         raw = (c_byte * self.buffer.nbytes).from_address(self._pinned)
-        self.host = np.ctypeslib.as_array(raw).view(HOST[dtype]).reshape(shape)
-        self.host[...] = 0  # it is run once before anybody gives it tokens
+        self.host = np.ctypeslib.as_array(raw).view(HOST_DTYPES[dtype]).reshape(shape)
+        self.host[...] = 0  # a graph runs once before it gets its first inputs
 
     def enqueue_write(self) -> None:
-        """Enqueue the copy to the device."""
+        """Enqueue the copy from the host to the device."""
         enqueue_copy(self.buffer.device, self.buffer.ptr, self._pinned, self.buffer.nbytes, "HostToDevice")
 
     def enqueue_read(self) -> None:
-        """Enqueue the copy to the host."""
+        """Enqueue the copy from the device to the host."""
         enqueue_copy(self.buffer.device, self._pinned, self.buffer.ptr, self.buffer.nbytes, "DeviceToHost")
 
 
 class Graph:
-    """What a callable enqueues on a device's stream, captured: one launch in place of as many as there are kernels."""
+    """A CUDA graph of the work that a function enqueues on the device's stream. One launch runs all of it.
+
+    Raises EngineError if the work cannot be captured.
+    """
 
     def __init__(self, device: Device, enqueue: Callable[[], None]) -> None:
         rt = bindings("runtime")
         self._device = device
-        # Of this thread alone: a library may compile in a thread of its own meanwhile.
+        # The capture is limited to this thread, because a library may compile in a thread of its own meanwhile.
         call(rt.cudaStreamBeginCapture, device.stream, rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             enqueue()
         except BaseException:
-            status, part = rt.cudaStreamEndCapture(device.stream)  # else the stream would stay unusable
+            status, partial = rt.cudaStreamEndCapture(device.stream)  # otherwise the stream would stay unusable
             if not status.value:
-                call(rt.cudaGraphDestroy, part)
+                call(rt.cudaGraphDestroy, partial)
             raise
         captured = call(rt.cudaStreamEndCapture, device.stream)
         self._executable = call(rt.cudaGraphInstantiate, captured, 0)
-        device.hold(rt.cudaGraphExecDestroy, self._executable)
+        device.free_on_close(rt.cudaGraphExecDestroy, self._executable)
         call(rt.cudaGraphDestroy, captured)
 
     def launch(self) -> None:
-        """Enqueue it all."""
+        """Enqueue one run of the whole CUDA graph."""
         call(bindings("runtime").cudaGraphLaunch, self._executable, self._device.stream)
 
 
 class Sampler:
-    """Draws tokens on the device, as `nbp_engines.sampling.sample` does on the host; compiled where it runs.
+    """Draws tokens on the device as `nbp_engines.sampling.sample` does on the host.
 
-    Only the uniforms go there and the tokens come back. Raises EngineError if the kernel does not compile.
+    Per draw, only the uniforms are copied to the device, and only the tokens are copied back.
     """
 
     def __init__(self, device: Device, spec: SystemSpec) -> None:
-        """For a block of each clip of a batch, and for one token of each."""
+        """Compile the kernel, and allocate buffers for one block per clip and for one token per clip.
+
+        Raises EngineError if the kernel does not compile.
+        """
         self._device = device
         self._vocab = spec.vocab
         rows = {spec.batch, spec.batch * spec.block_size}
@@ -255,11 +302,17 @@ class Sampler:
         driver = bindings("driver")
         code = np.frombuffer(compiled(KERNEL.read_bytes(), device.arch), np.uint8)
         module = call(driver.cuModuleLoadData, code.ctypes.data)
-        device.hold(driver.cuModuleUnload, module)
+        device.free_on_close(driver.cuModuleUnload, module)
         self._kernel = call(driver.cuModuleGetFunction, module, f"sample_{spec.dtype}".encode())
 
     def sample(self, logits: Buffer | np.ndarray, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
-        """Tokens int64 [...] of logits [...,V], an array too, and uniforms [...]; valid until the next for as many."""
+        """Draw tokens int64 [...], which are valid until the next draw of the same number of tokens.
+
+        Args:
+            logits: [...,V]. Those of a numpy array are drawn on the host.
+            uniforms: float64 [...] in [0,1): one number for each clip, or for each token of a block of each clip.
+            settings: how to draw.
+        """
         if not isinstance(logits, Buffer):
             return sample(logits, uniforms, settings)
         noise, tokens = self._mirrors[uniforms.size]
@@ -274,55 +327,60 @@ class Sampler:
     def enqueue(
         self, logits: int, uniforms: int, tokens: int, rows: int, settings: Sampling, stream: Any = None
     ) -> None:
-        """Enqueue the kernel alone, which a stream that is being captured takes too.
+        """Enqueue the kernel without any copies. This also works while the stream is being captured.
 
         Args:
-            logits: address on the device of [rows,V] in the spec's dtype.
-            uniforms: address of fp64 [rows].
-            tokens: address of int64 [rows], which are written.
-            rows: tokens to draw.
-            settings: how they are drawn.
-            stream: handle of the stream; the device's own if None.
+            logits: device address of [rows,V] in the spec's dtype.
+            uniforms: device address of fp64 [rows].
+            tokens: device address of int64 [rows], to which the kernel writes.
+            rows: number of tokens to draw.
+            settings: how to draw.
+            stream: handle of the stream; None means the device's own.
         """
         top_k = min(settings.top_k, self._vocab)
         values = (logits, uniforms, self._vocab, settings.temperature, top_k, settings.top_p, tokens)
         stream = self._device.stream if stream is None else stream
         launch = bindings("driver").cuLaunchKernel
-        call(launch, self._kernel, rows, 1, 1, THREADS, 1, 1, 0, stream, (values, ARGUMENTS), 0)
+        call(launch, self._kernel, rows, 1, 1, THREADS, 1, 1, 0, stream, (values, PARAMETER_TYPES), 0)
 
 
 @cache
 def compiled(source: bytes, arch: str) -> bytes:
-    """Machine code of a CUDA source for an architecture: no PTX, which an older driver of the same CUDA would refuse.
+    """Return the machine code of a CUDA source for an architecture such as `sm80`.
 
-    Raises EngineError with the pip command if NVRTC is missing, with its log if it refuses the source.
+    It is not PTX, because a driver that is older than NVRTC refuses PTX even within one CUDA major version.
+
+    Raises EngineError, with the pip command if NVRTC is missing, or with its log if it rejects the source.
     """
     nvrtc = bindings("nvrtc")
     settings = (
         f"--gpu-architecture={arch.replace('sm', 'sm_')}",
         "--std=c++17",
-        "--fmad=false",  # multiplied, rounded, added: the arithmetic that was tested on a CPU
+        "--fmad=false",  # without fused multiply-adds the arithmetic is that of the tests on a CPU
         f"--define-macro=SAMPLE_THREADS={THREADS}",
     )
     options = [setting.encode() for setting in settings]
     try:
         program = call(nvrtc.nvrtcCreateProgram, source, b"sample.cu", 0, [], [])
-    except RuntimeError as error:  # of the loader, in place of a status
+    except RuntimeError as error:  # cuda-python raises it if it cannot load NVRTC's library
         raise EngineError(
-            f"compiling the sampling kernel needs NVRTC: pip install 'nvidia-cuda-nvrtc=={CUDA}.*'"
+            f"compiling the sampling kernel needs NVRTC: pip install 'nvidia-cuda-nvrtc=={CUDA_MAJOR}.*'"
         ) from error
     status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if status.value:
-        log = _written(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().strip("\0\n")
-        raise EngineError(f"NVRTC does not compile sample.cu for {arch}: {status.name}: {log}")
-    code = _written(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+        log = _output(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().strip("\0\n")
+        raise EngineError(f"NVRTC cannot compile sample.cu for {arch}: {status.name}: {log}")
+    code = _output(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     call(nvrtc.nvrtcDestroyProgram, program)
     return code
 
 
-def _written(size_of: Callable[..., Any], write: Callable[..., Any], program: object) -> bytes:
-    """What NVRTC writes over bytes of ours. It takes at least two: Python shares a single one with all who have it."""
+def _output(size_of: Callable[..., Any], write: Callable[..., Any], program: object) -> bytes:
+    """Return the bytes that an NVRTC function writes.
+
+    NVRTC overwrites a `bytes` object. It must have at least two bytes, because Python shares objects of a single byte.
+    """
     size = call(size_of, program)
-    room = bytes(size + 1)
-    call(write, program, room)
-    return room[:size]
+    buffer = bytes(size + 1)
+    call(write, program, buffer)
+    return buffer[:size]

@@ -1,6 +1,9 @@
-"""The one generation loop: encode the given frames or take a text, prefill, then sample and step by blocks, decode.
+"""The generation loop: encode the given frames or take a text, prefill, sample and step block by block, decode.
 
-Shape legend: B batch, L tokens in a block, P condition tokens, F video frames.
+It is the only implementation of the loop, and it runs on any session.
+
+Shape legend: B batch, L tokens in a block, P condition tokens, F video frames, H×W their height and width in pixels. In
+tokens [B,T·H·W] of a whole clip, T×H×W are its latent frames, rows and columns.
 """
 
 import time
@@ -16,38 +19,43 @@ from nbp_errors import UsageError
 
 
 class Timeline:
-    """Wall time cut into stages without gaps: every mark ends a span that began at the mark before."""
+    """Wall time, divided into consecutive spans.
+
+    Attributes:
+        spans: stage and duration in nanoseconds of each span, in order. A span begins where the previous one ended,
+            unless `skip` was called in between.
+    """
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, int]] = []
         self._last = time.perf_counter_ns()
 
     def mark(self, stage: str) -> None:
-        """End the running span, in nanoseconds, under this name."""
+        """End the current span, name it, and begin the next one."""
         now = time.perf_counter_ns()
         self.spans.append((stage, now - self._last))
         self._last = now
 
     def skip(self) -> None:
-        """Begin the next span now: what passed since the last mark was somebody else's time."""
+        """Begin the current span anew, so that the time since the last mark does not count."""
         self._last = time.perf_counter_ns()
 
     @property
     def total_ns(self) -> int:
-        """Wall time up to the last mark."""
+        """The sum of all spans, in nanoseconds."""
         return sum(ns for _, ns in self.spans)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Predicted frames.
+    """Generated frames, with their tokens and the time that they took.
 
     Attributes:
-        video: float32 [B,3,F,H,W] in [0,1], the predicted frames only.
-        tokens: the video tokenizer's, int64 [B,T·H·W] so far in raster order, given ones included; later frames
-            hold zeros.
-        timeline: where the time went: encode, prefill, sample and step by turns, decode; where the session makes all
-            tokens in one call, encode, loop, decode.
+        video: float32 [B,3,F,H,W] in [0,1], without the given frames.
+        tokens: int64 [B,T·H·W], the video tokenizer's codes of the whole clip in raster order, including those of the
+            given frames. In a stream, the codes of tokens that are not generated yet are 0.
+        timeline: the time of each stage: encode, prefill, sample and step in turn, decode. If the session generates all
+            tokens in one call: encode, loop, decode.
     """
 
     video: np.ndarray
@@ -56,12 +64,14 @@ class Clip:
 
 
 class Generator:
-    """Generates clips on any session.
+    """Generates clips with a session.
+
+    The methods take `sample`, the clip index: clip b of a batch has the noise of clip index `sample + b`.
 
     Attributes:
-        session: what computes.
-        sampling: how tokens are drawn; the settings that the session's model comes with if None is given.
-        seed: of the noise; clip b of a batch takes the noise of sample `sample + b`.
+        session: the session that runs the model.
+        sampling: how tokens are drawn; the model's default settings if None is given.
+        seed: the seed of the noise.
     """
 
     def __init__(self, session: Session, sampling: Sampling | None = None, seed: int = 0) -> None:
@@ -70,23 +80,24 @@ class Generator:
         self.seed = seed
 
     def predict(self, frames: np.ndarray, sample: int = 0) -> Clip:
-        """Predict the rest of the clip after `frames`, float32 [B,3,F,H,W] in [0,1].
+        """Predict the frames that follow the given `frames`, float32 [B,3,F,H,W] in [0,1].
 
-        Raises UsageError if the frames do not have the bundle's batch, count and size.
+        Raises UsageError for frames of another shape than the session's, and if the model is class-conditional.
         """
         timeline = Timeline()
-        return self._whole(self._encode(frames, timeline), sample, timeline)
+        return self._clip(self._encode(frames, timeline), sample, timeline)
 
     def generate(self, text: np.ndarray, sample: int = 0) -> Clip:
-        """Generate a whole clip of the class that a hybrid model is told by `text`, text token ids int64 [B,P].
+        """Generate a whole clip of the class that `text` names, text ids int64 [B,P] for a class-conditional model.
 
-        Raises UsageError for other shapes or ids, and if the model is not class-conditional.
+        Raises UsageError for wrong shapes or ids, and if the model is not class-conditional.
         """
         if not self.session.spec.hybrid:
-            raise UsageError("the model predicts frames: it takes those that are given, `predict(frames)`, and no text")
-        return self._whole(text, sample, Timeline())
+            raise UsageError("the model is not class-conditional: call predict(frames) with the given frames")
+        return self._clip(text, sample, Timeline())
 
-    def _whole(self, condition: np.ndarray, sample: int, timeline: Timeline) -> Clip:
+    def _clip(self, condition: np.ndarray, sample: int, timeline: Timeline) -> Clip:
+        """Generate all tokens after a condition [B,P], as `blocks` takes it, and decode the predicted frames."""
         if isinstance(self.session, Unrolling) and self.session.unrolls:
             clip = self._unrolled(self.session, condition, sample, timeline)
         else:
@@ -95,76 +106,91 @@ class Generator:
         return self._decode(clip, self.session.spec.condition_frames, self.session.spec.video[0], timeline)
 
     def _unrolled(self, session: Unrolling, condition: np.ndarray, sample: int, timeline: Timeline) -> np.ndarray:
-        """The clip that `blocks` ends with, in one call and one stage."""
+        """Return the token ids [B,T·H·W] with which `blocks` ends, generated in one call and timed as one stage."""
         spec = self.session.spec
         clip, prefix = self._begin(condition)
         noise = np.stack([self._noise(sample, block) for block in range(spec.blocks)])
-        clip[:, spec.order()[-spec.blocks * spec.block_size :]] = session.unroll(prefix, noise, self.sampling)
+        clip[:, spec.block_order()[-spec.blocks * spec.block_size :]] = session.unroll(prefix, noise, self.sampling)
         timeline.mark("loop")
         return clip
 
     def _begin(self, condition: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The clip [B,T·H·W] with the given tokens alone, and the condition [B,P] as `prefill` takes it."""
+        """Return a clip [B,T·H·W] with only the given tokens set, and the condition [B,P] as `prefill` takes it."""
         self._check(condition)
         spec = self.session.spec
         clip = np.zeros((spec.batch, spec.clip_tokens), np.int64)
         if spec.hybrid:
             return clip, condition + spec.block_size
         clip[:, : spec.condition_tokens] = condition
-        return clip, clip[:, spec.order()[: spec.condition_tokens]]
+        return clip, clip[:, spec.block_order()[: spec.condition_tokens]]
 
     def _noise(self, sample: int, block: int) -> np.ndarray:
-        """Uniforms [B,L] of a block of each clip."""
+        """Return the uniforms [B,L] of a block, for each clip of the batch."""
         spec = self.session.spec
         return np.stack([uniforms(self.seed, sample + b, block, spec.block_size) for b in range(spec.batch)])
 
     def stream(self, condition: np.ndarray, sample: int = 0) -> Iterator[Clip]:
-        """What `predict` makes of given frames, or `generate` of a text, each latent frame as soon as it is there.
+        """Generate the clip of `predict` or `generate`, and yield its frames as soon as their tokens are complete.
 
-        The decoder is causal in time, so frames decoded before the later tokens exist are final.
+        Each yielded `Clip` has the new frames only, those of as many latent frames as a block spans. The decoder is
+        causal in time, so frames that are decoded before the later tokens exist are final.
+
+        Args:
+            condition: the given frames as `predict` takes them, or for a hybrid the text as `generate` takes it.
+            sample: the clip index.
         """
         spec = self.session.spec
-        blocks_a_frame = spec.block[0] * spec.latent[1] * spec.latent[2] // spec.block_size
+        # So many blocks complete the next block[0] latent frames.
+        blocks_per_part = spec.block[0] * spec.latent[1] * spec.latent[2] // spec.block_size
         timeline = Timeline()
-        tokens_given = condition if spec.hybrid else self._encode(condition, timeline)
-        shown = spec.condition_frames
-        for done, tokens in enumerate(self.blocks(tokens_given, sample, timeline), start=1):
-            if done % blocks_a_frame == 0:
-                ready = spec.frames(spec.condition_latents + done // blocks_a_frame * spec.block[0])
-                yield self._decode(tokens, shown, ready, timeline)
+        condition_tokens = condition if spec.hybrid else self._encode(condition, timeline)
+        first = spec.condition_frames
+        for count, tokens in enumerate(self.blocks(condition_tokens, sample, timeline), start=1):
+            if count % blocks_per_part == 0:
+                last = spec.frames(spec.condition_latents + count // blocks_per_part * spec.block[0])
+                yield self._decode(tokens, first, last, timeline)
                 timeline.skip()
-                shown = ready
+                first = last
 
     def blocks(self, condition: np.ndarray, sample: int = 0, timeline: Timeline | None = None) -> Iterator[np.ndarray]:
-        """Generate block by block after a condition [B,P], tokens or text; after each, the clip so far [B,T·H·W].
+        """Generate block by block, and yield the token ids [B,T·H·W] of the clip after each block.
 
-        The clip's tokens are as sampled, `SystemSpec.codes` makes them the video tokenizer's. Given and generated
-        tokens are in raster order; the array is the same each time and grows more complete.
+        The ids are in raster order and include those of the given frames. `SystemSpec.codes` turns them into the video
+        tokenizer's codes. The same array is yielded each time, with one more block filled in.
+
+        Args:
+            condition: int64 [B,P], the codes of the given frames in raster order, or a hybrid's text ids.
+            sample: the clip index.
+            timeline: where to record the time of prefill, samples and steps.
+
+        Raises UsageError if the condition has a wrong shape or ids that the model does not have.
         """
         spec, timeline = self.session.spec, timeline or Timeline()
         clip, prefix = self._begin(condition)
         batch, size, P = spec.batch, spec.block_size, spec.condition_tokens
-        order, given = spec.order(), spec.clip_tokens - spec.blocks * size
+        order, given_tokens = spec.block_order(), spec.clip_tokens - spec.blocks * size
         logits = self.session.prefill(prefix)
         timeline.mark("prefill")
         for block in range(spec.blocks):
             noise = self._noise(sample, block)
             if spec.hybrid and block == 0:
-                tokens = self._one_by_one(noise, timeline)
+                tokens = self._first_block(noise, timeline)
             else:
                 tokens = self.session.sample(logits, noise, self.sampling)
-            start = given + block * size
+            start = given_tokens + block * size
             clip[:, order[start : start + size]] = tokens
             timeline.mark("sample")
             yield clip
             if block + 1 < spec.blocks:
-                if spec.hybrid and block == 0:  # the first block to be read: its last token, then middle-of-video
+                # Only the last token of a hybrid's first block is not in the cache yet. The middle-of-video ids 1 to
+                # L-1 follow it, so that the step takes a whole block.
+                if spec.hybrid and block == 0:
                     tokens = np.concatenate([tokens[:, -1:], np.arange(1, size)[None].repeat(batch, 0)], 1)
                 logits = self.session.step(tokens, np.full(batch, P + (block + spec.hybrid) * size, np.int64))
                 timeline.mark("step")
 
-    def _one_by_one(self, noise: np.ndarray, timeline: Timeline) -> np.ndarray:
-        """The first block [B,L] of a hybrid, token by token after begin-of-video, which is id 0."""
+    def _first_block(self, noise: np.ndarray, timeline: Timeline) -> np.ndarray:
+        """Generate the first block [B,L] of a hybrid token by token, after begin-of-video, which is id 0."""
         spec = self.session.spec
         tokens = [np.zeros((spec.batch, 1), np.int64)]
         for i in range(spec.block_size):
@@ -175,26 +201,30 @@ class Generator:
         return np.concatenate(tokens[1:], 1)
 
     def _check(self, condition: np.ndarray) -> None:
+        """Raise UsageError unless a condition has the session's shape and only ids that the model has."""
         spec = self.session.spec
         name, ids = ("text", spec.text_vocab) if spec.hybrid else ("condition", spec.vocab)
         expected = (spec.batch, spec.condition_tokens)
         if condition.shape != expected:
-            raise UsageError(f"{name} tokens are {condition.shape}, expected {expected}")
-        if condition.min() < 0 or condition.max() >= ids:
-            raise UsageError(f"{name} tokens reach from {condition.min()} to {condition.max()}; ids are 0 to {ids - 1}")
+            raise UsageError(f"the {name} tokens have shape {condition.shape}, expected {expected}")
+        low, high = condition.min(), condition.max()
+        if low < 0 or high >= ids:
+            raise UsageError(f"the {name} tokens range from {low} to {high}, but the model's ids are 0 to {ids - 1}")
 
     def _encode(self, frames: np.ndarray, timeline: Timeline) -> np.ndarray:
+        """Return the condition tokens [B,P] of the given frames. Raises UsageError as `predict` does."""
         spec = self.session.spec
         if spec.hybrid:
-            raise UsageError("the model is class-conditional: it takes a text, `generate(text)`, and no frames")
+            raise UsageError("the model is class-conditional: call generate(text) with a text, not with frames")
         expected = (spec.batch, 3, spec.condition_frames, *spec.video[1:])
         if frames.shape != expected:
-            raise UsageError(f"given frames are {frames.shape}, expected {expected} ([B,3,F,H,W], values in [0,1])")
+            raise UsageError(f"the frames have shape {frames.shape}, expected {expected} ([B,3,F,H,W] in [0,1])")
         tokens = self.session.encode(frames)
         timeline.mark("encode")
         return tokens
 
     def _decode(self, tokens: np.ndarray, first: int, last: int, timeline: Timeline) -> Clip:
+        """Decode token ids [B,T·H·W], and return the video frames from `first` up to but not including `last`."""
         codes = self.session.spec.codes(tokens)
         video = self.session.decode(codes)[:, :, first:last].copy()
         timeline.mark("decode")

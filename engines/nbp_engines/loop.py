@@ -1,6 +1,6 @@
-"""What the manifest says of the generation loop, for those who run it in another language without our source.
+"""The section `loop` of a manifest: the generation loop as data, for implementations in other languages.
 
-Everything follows from the spec. `docs/bundle.md` says the same in sentences; `generator.py` is the loop itself.
+Everything in it follows from the spec. `docs/bundle.md` explains the loop in prose, and `generator.py` implements it.
 """
 
 from typing import Any
@@ -32,9 +32,9 @@ SAMPLING = {
 
 
 def loop_of(spec: SystemSpec) -> dict[str, Any]:
-    """The section `loop` of a manifest: counts, block order, ids, calls of the graphs, noise and sampling.
+    """Return the section `loop`: counts, block order, ids, calls of the graphs, noise and sampling.
 
-    Its lists are as long as a clip, so the caller makes sure that the clip's size is a sane one.
+    Its lists are as long as a clip has tokens, so the caller has to check first that the clip has a reasonable size.
     """
     L, hybrid = spec.block_size, spec.hybrid
     return {
@@ -48,7 +48,7 @@ def loop_of(spec: SystemSpec) -> dict[str, Any]:
             "steps": spec.steps,
             "capacity": spec.capacity,
         },
-        "block_order": {"rule": BLOCK_ORDER, "raster_index": spec.order().tolist()},
+        "block_order": {"rule": BLOCK_ORDER, "raster_index": spec.block_order().tolist()},
         "condition": {
             "tokens": "text ids" if hybrid else "video codes of the given frames, in block order",
             "ids": spec.text_vocab if hybrid else spec.vocab,
@@ -67,10 +67,13 @@ def loop_of(spec: SystemSpec) -> dict[str, Any]:
 
 
 def _calls(spec: SystemSpec) -> list[dict[str, Any]]:
-    """The runs of the graphs in their order; a run's cache_pos is the first plus its number times the increment."""
-    P, L, after_drawn = spec.condition_tokens, spec.block_size, "the block that was drawn last"
+    """Return the calls of the graphs in their order, with equal calls in succession as one entry.
 
-    def runs(graph: str, times: int, cache_pos: int, increment: int, tokens: str, logits: str) -> dict[str, Any]:
+    The n-th call of an entry, counted from 0, has cache_pos = `cache_pos` + n · `cache_pos_increment`.
+    """
+    P, L, last_block = spec.condition_tokens, spec.block_size, "the block that was drawn last"
+
+    def entry(graph: str, times: int, cache_pos: int, increment: int, tokens: str, logits: str) -> dict[str, Any]:
         return {
             "graph": graph,
             "times": times,
@@ -82,15 +85,15 @@ def _calls(spec: SystemSpec) -> list[dict[str, Any]]:
 
     if not spec.hybrid:
         return [
-            runs("prefill", 1, 0, 0, "the condition", "of block 0"),
-            runs("step", spec.blocks - 1, P, L, after_drawn, "of the next block"),
+            entry("prefill", 1, 0, 0, "the condition", "of block 0"),
+            entry("step", spec.blocks - 1, P, L, last_block, "of the next block"),
         ]
-    first = (
+    token_inputs = "first begin-of-video, then the token that was drawn last"
+    block_inputs = (
         "first the last token of block 0 and the middle-of-video ids, " if L > 1 else "first block 0, "
-    ) + f"then {after_drawn}"
-    one_by_one = "first begin-of-video, then the token that was drawn last"
+    ) + f"then {last_block}"
     return [
-        runs("prefill", 1, 0, 0, "the condition with its shift added", "unused"),
-        runs("step_1" if L > 1 else "step", L, P, 1, one_by_one, "of the next token of block 0"),
-        runs("step", spec.blocks - 1, P + L, L, first, "of the next block"),
+        entry("prefill", 1, 0, 0, "the condition with its shift added", "unused"),
+        entry("step_1" if L > 1 else "step", L, P, 1, token_inputs, "of the next token of block 0"),
+        entry("step", spec.blocks - 1, P + L, L, block_inputs, "of the next block"),
     ]

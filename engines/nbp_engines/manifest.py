@@ -1,4 +1,4 @@
-"""What `manifest.json` says of a bundle, and the rules that it has to keep before anything is made of it."""
+"""The content of `manifest.json`, and the rules that it has to follow before a bundle is used."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ from nbp_engines.strict import ANYTHING, FLAG, FROM_0, TEXT, Rule, check, matchi
 SCHEMA = 4
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
-MAX_BUFFERS = 2**40  # bytes: no machine has them, and no model of the paper comes near
-DERIVED = ("signatures", "loop")  # what the manifest spells out for readers without this package
+MAX_BUFFERS = 2**40  # bytes; far more than any model of the paper needs, and than any machine has
+DERIVED = ("signatures", "loop")  # sections that follow from the spec, written for readers without this package
 
 DIMENSION = whole(1, 2**31 - 1)
-# Whatever means one file, in the bundle's own folder, on every system.
+# Names that every operating system takes for a file in the bundle's own folder.
 NAME = matching("a plain file name", r"(?a:\w([\w.-]{0,98}\w)?)")
 SHA256 = matching("64 hexadecimal digits", "[0-9a-f]{64}")
 MAY_BE_0 = {"condition_latents", "video", "condition_frames", "text_tokens", "text_vocab"}
@@ -63,30 +63,29 @@ MANIFEST_RULES: Rule = {
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refuse_link(path: Path) -> None:
-    """Raise BundleError, with the command that makes a copy of plain files, if a file of a bundle is a symbolic link.
+def refuse_symlink(path: Path) -> None:
+    """Raise BundleError if a file of a bundle is a symbolic link.
 
-    It could lead anywhere, and the runtimes refuse weights that lie outside of the bundle's folder.
+    A link could lead anywhere, and the runtimes refuse weights outside the bundle's folder. The error's message has the
+    command that copies the bundle to plain files.
     """
     if not path.is_symlink():
         return
     name, where = path.parent.absolute().name, ""
     for folder in path.parent.absolute().parents:
         if folder.name == "snapshots" and folder.parent.name.startswith("models--"):  # the cache of huggingface_hub
-            name, where = folder.parent.name.split("--")[-1], ", as in the cache of the Hugging Face Hub"
+            name, where = folder.parent.name.split("--")[-1], " in the cache of the Hugging Face Hub"
     copy = command_line("cp", "-rL", path.parent, Path("." if path.parent.name else "..", f"{name}-bundle"))
-    raise BundleError(
-        f"{path} is a symbolic link{where}, not a plain file of the bundle: `{copy}` makes a bundle of plain files"
-    )
+    raise BundleError(f"{path} is a symbolic link{where}, but a bundle needs plain files: copy it with `{copy}`")
 
 
-def refuse_folder(path: Path) -> None:
-    """Raise BundleError if a bundle's folder has a name that the runtimes cannot open: they take UTF-8 alone."""
+def refuse_non_utf8(path: Path) -> None:
+    """Raise BundleError if the path of a bundle's folder is not valid UTF-8, because the runtimes cannot open it."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -97,7 +96,13 @@ def refuse_folder(path: Path) -> None:
 
 @dataclass(frozen=True)
 class File:
-    """One file of a bundle."""
+    """One file of a bundle.
+
+    Attributes:
+        path: its name in the bundle's folder.
+        size: in bytes.
+        sha256: hexadecimal digits.
+    """
 
     path: str
     size: int
@@ -105,13 +110,13 @@ class File:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Measure a file."""
+        """Return the entry of an existing file."""
         return cls(path.name, path.stat().st_size, sha256(path))
 
     def verify(self, folder: Path) -> None:
-        """Raise BundleError unless the folder has this very file."""
+        """Raise BundleError unless the folder has a plain file of this name, size and hash."""
         path = folder / self.path
-        refuse_link(path)
+        refuse_symlink(path)
         if not path.is_file():
             raise BundleError(f"{path} is missing: export the bundle again")
         if path.stat().st_size != self.size or sha256(path) != self.sha256:
@@ -120,15 +125,15 @@ class File:
 
 @dataclass(frozen=True)
 class Engine:
-    """What TensorRT built from one graph file.
+    """A TensorRT engine, which was built from one graph file.
 
     Attributes:
-        file: in the bundle.
-        graphs: graph names, an optimisation profile each, in this order.
-        arch: the GPU architecture, `sm80`.
-        compatibility: the GPUs that it may run on besides: `none`, `ampere+` or `same-cc`.
-        library: the Python module that built it, `tensorrt` or `tensorrt_rtx`, and that has to run it.
-        version: of the library; no other will do.
+        file: its file name in the bundle.
+        graphs: names of the graphs that it computes. Each has an optimisation profile, in this order.
+        arch: the GPU architecture that it was built for, such as `sm80`.
+        compatibility: the other GPUs that it may run on: `none`, `ampere+` or `same-cc`.
+        library: the Python module that built it and has to run it, `tensorrt` or `tensorrt_rtx`.
+        version: version of the library that built it. It has to run it in the same version.
     """
 
     file: str
@@ -140,25 +145,30 @@ class Engine:
 
 
 def _check_schema(data: Any) -> None:
-    """Raise BundleError, with the command that makes the bundle again, for a manifest of another version."""
+    """Raise BundleError, with the command that exports the bundle again, if the manifest has another schema version."""
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema == SCHEMA or type(schema) is not int:
         return
-    provenance = data.get("provenance")
-    known = provenance if isinstance(provenance, dict) else {}
-    again = next(
+    value = data.get("provenance")
+    provenance = value if isinstance(value, dict) else {}
+    command = next(
         (
-            f"`{known[key]}`" if key == "command" else f"`nbp-export` from its model ({known[key]})"
+            f"`{provenance[key]}`" if key == "command" else f"`nbp-export` from its model ({provenance[key]})"
             for key in ("command", "note")
-            if TEXT.test(known.get(key)) and known[key]
+            if TEXT.test(provenance.get(key)) and provenance[key]
         ),
         "`nbp-export`",
     )
-    raise BundleError(f"manifest.schema is {schema}, this version reads {SCHEMA}: export it again with {again}")
+    raise BundleError(
+        f"manifest.schema is {schema}, but this version reads {SCHEMA}: export the bundle again with {command}"
+    )
 
 
 def _same(derived: object, written: object) -> bool:
-    """Whether values are the same JSON, in which 1, 1.0 and true are three; it looks no deeper than `derived` goes."""
+    """Return whether two values are the same JSON, where 1, 1.0 and true differ.
+
+    The recursion goes no deeper than `derived`, whatever the file contains.
+    """
     if isinstance(derived, dict) and isinstance(written, dict):
         return derived.keys() == written.keys() and all(_same(value, written[key]) for key, value in derived.items())
     if isinstance(derived, list | tuple) and isinstance(written, list):
@@ -168,21 +178,21 @@ def _same(derived: object, written: object) -> bool:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle is. The file also spells out what follows from it, the graphs' signatures and the loop.
+    """The description of a bundle. The file also has what follows from it: the graphs' signatures and the loop.
 
     Attributes:
-        schema: version of this layout.
-        runtime: the name of the runtime that it was made for; its ONNX graphs run in ONNX Runtime whichever it is.
-        spec: all static numbers; the graphs' inputs and outputs follow from it.
+        schema: version of the bundle format.
+        runtime: name of the runtime that the bundle was made for. ONNX Runtime can run its ONNX graphs in any case.
+        spec: all static numbers, from which the graphs' inputs and outputs follow.
         graphs: graph name → file name.
-        engines: built from those graphs.
-        files: every file but the manifest and the receipt.
-        model: name, config and weights hash of what was exported.
-        sampling: the defaults to generate with.
-        words: the text word of each id, where a class-conditional model brings its own; else empty.
-        versions: of the tools that made it.
-        provenance: the command that made it, empty for a model that was handed over in Python, and what a reader must
-            know.
+        engines: the TensorRT engines that were built from the graphs, if any.
+        files: every file except the manifest and the receipt.
+        model: `name`, `config` and `weights_sha256` of the exported model, and whether it was `trained`.
+        sampling: the default sampling settings.
+        words: the word of each text id if a class-conditional model has its own words; else empty.
+        versions: versions of the tools that made the bundle.
+        provenance: `command`, which made the bundle and is empty if it was exported from Python; `note`, one line that
+            says what model it is; `status`, what was executed before.
     """
 
     schema: int
@@ -198,88 +208,99 @@ class Manifest:
     provenance: dict[str, Any]
 
     def graph_specs(self) -> dict[str, GraphSpec]:
-        """Inputs and outputs of the graphs that the bundle has."""
-        known = self.spec.graphs()
-        return {name: known[name] for name in self.graphs}
+        """Return the specs of the graphs that the bundle has, by name."""
+        specs = self.spec.graphs()
+        return {name: specs[name] for name in self.graphs}
 
     @property
-    def made(self) -> str:
-        """How the bundle was made, as a clause for messages that ask to make it again."""
+    def origin(self) -> str:
+        """The command that made the bundle, as a clause for messages that ask to export it again."""
         command = self.provenance["command"]
         return f"it was made by `{command}`" if command else "it was made by `nbp_export.onnx_bundle.export` in Python"
 
     def buffers(self) -> dict[str, int]:
-        """Bytes that a session allocates for `states`, one set for all graphs, and each graph's `inputs`, `outputs`."""
+        """Return the bytes that a session allocates for `states`, `inputs` and `outputs`.
+
+        All graphs share one set of states. `inputs` are the arguments of all graphs, `outputs` their results that do
+        not share the memory of a state.
+        """
         graphs = self.graph_specs().values()
         tensors = {
             "states": {t.name: t for graph in graphs for t in graph.state_tensors()}.values(),
             "inputs": [t for graph in graphs for t in graph.arguments()],
             "outputs": [t for graph in graphs for t in graph.results()],
         }
-        return {use: sum(t.nbytes for t in those) for use, those in tensors.items()}
+        return {use: sum(t.nbytes for t in group) for use, group in tensors.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the graphs' inputs and outputs, and the loop, are spelled out for other languages."""
+        """Return the file's values, including the sections `signatures` and `loop` that follow from the spec."""
         return asdict(self) | {"signatures": self._signatures(), "loop": loop_of(self.spec)}
 
     def _signatures(self) -> dict[str, Any]:
         return {name: asdict(graph) for name, graph in self.graph_specs().items()}
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """Return the file's content."""
         return (json.dumps(self.to_json(), indent=1) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Build from `to_json`'s values; raises BundleError, naming the place, for any that are wrong or impossible."""
+        """Build a manifest from the values of `to_json`.
+
+        Raises BundleError, with the name of the field, for wrong values and for values that contradict each other.
+        """
         _check_schema(data)
         check(data, MANIFEST_RULES, "manifest")
-        made: dict[str, Any] = {
+        converted: dict[str, Any] = {
             "spec": SystemSpec.from_json(data["spec"]),
             "engines": tuple(Engine(**engine | {"graphs": tuple(engine["graphs"])}) for engine in data["engines"]),
             "files": tuple(File(**file) for file in data["files"]),
             "sampling": Sampling(**data["sampling"]),
             "words": tuple(data["words"]),
         }
-        manifest = cls(**{name: made.get(name, value) for name, value in data.items() if name not in DERIVED})
+        manifest = cls(**{name: converted.get(name, value) for name, value in data.items() if name not in DERIVED})
         for contradiction in manifest._contradictions(data["signatures"], data["loop"]):
             raise BundleError(contradiction)
         return manifest
 
     def _contradictions(self, signatures: object, loop: dict[str, Any]) -> Iterator[str]:
-        """What cannot all be true together; each presumes that there are none before it."""
+        """Yield a message for each contradiction between the values.
+
+        Each check relies on those before it, so only the first message is certain to be right.
+        """
         spec = self.spec
         sides = (*spec.latent, spec.condition_latents)
         if any(side % b for side, b in zip(sides, (*spec.block, spec.block[0]), strict=True)):
-            yield f"block {spec.block} does not tile the latent {spec.latent}, {spec.condition_latents} frames given"
+            yield f"block {spec.block} does not tile latent {spec.latent} with {spec.condition_latents} given frames"
         if spec.condition_latents >= spec.latent[0] or spec.condition_frames >= max(1, spec.video[0]):
-            yield "the given frames are the whole clip: there is nothing to predict"
+            yield "the given frames are the whole clip, which leaves nothing to predict"
         if spec.vocab <= spec.code_shift:
-            yield f"of {spec.vocab} token ids {spec.code_shift} are special or text, which leaves none for the video"
+            yield f"{spec.code_shift} of {spec.vocab} token ids are special or text ids, which leaves none for video"
         if self.words and len(self.words) != spec.text_vocab:
             yield f"there are {len(self.words)} words for {spec.text_vocab} text ids"
+        # Some file systems ignore case, so names that differ only in case count as equal.
         names = Counter(name.casefold() for name in (MANIFEST, RECEIPT, *(file.path for file in self.files)))
-        if twice := [name for name, times in names.items() if times > 1]:
-            yield f"files {twice} are there twice, where upper case is lower case"
-        due, extra = spec.generator_graphs(), spec.tokenizer_graphs()
-        if odd := due.keys() - self.graphs.keys() | self.graphs.keys() - due.keys() - extra.keys():
-            yield f"graphs {sorted(odd)} are missing, or mean nothing: {[*due]} are due, {[*extra]} may be"
-        present = {file.path for file in self.files}
-        if unlisted := set(self.graphs.values()) - present:
+        if repeated := [name for name, times in names.items() if times > 1]:
+            yield f"files {repeated} are listed twice, not counting differences between upper and lower case"
+        required, optional = spec.generator_graphs(), spec.tokenizer_graphs()
+        if wrong := required.keys() - self.graphs.keys() | self.graphs.keys() - required.keys() - optional.keys():
+            yield f"graphs {sorted(wrong)} are missing or unknown: {[*required]} are required, {[*optional]} optional"
+        listed = {file.path for file in self.files}
+        if unlisted := set(self.graphs.values()) - listed:
             yield f"graphs {sorted(unlisted)} are not among its files"
-        if unlisted := {engine.file for engine in self.engines} - present:
-            yield f"engines {sorted(unlisted)} are not among its files"
+        if unlisted := {engine.file for engine in self.engines} - listed:
+            yield f"TensorRT engines {sorted(unlisted)} are not among its files"
         for graph in self.graph_specs().values():
             for tensor in (*graph.inputs, *graph.outputs):
                 if min(tensor.shape) < 1:
-                    yield f"{tensor.name} of {graph.name} would be {list(tensor.shape)}"
+                    yield f"{tensor.name} of {graph.name} would have the empty shape {list(tensor.shape)}"
         if (size := sum(self.buffers().values())) > MAX_BUFFERS:
-            yield f"its buffers would be {size:,} bytes"
+            yield f"its buffers would need {size:,} bytes"
         built = Counter(graph for engine in self.engines for graph in engine.graphs)
         if built and built != Counter(self.graphs.keys()):
-            yield f"engines hold the graphs {sorted(built.elements())}, where {sorted(self.graphs)} are due"
+            yield f"its TensorRT engines have the graphs {sorted(built.elements())}, not {sorted(self.graphs)}"
         if not _same(self._signatures(), signatures):
             yield "the signatures do not follow from the spec"
-        # The lengths first: a clip of the size that the spec says might fit no memory.
+        # The length is compared first because the spec may describe a clip whose block order does not fit in memory.
         if len(loop["block_order"]["raster_index"]) != spec.clip_tokens or not _same(loop_of(spec), loop):
             yield "the loop does not follow from the spec"

@@ -1,4 +1,4 @@
-"""The table of runtimes, and the way to a session on a bundle."""
+"""The table of runtimes, and the function that opens a session on a bundle."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -11,18 +11,18 @@ from nbp_engines.session import GraphSession
 from nbp_engines.trt import TENSORRT
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (ORT_CPU, ORT_CUDA, TENSORRT)}
-DEFAULT = ORT_CPU  # runs everywhere
+DEFAULT = ORT_CPU  # it runs on every machine
 
 
 def runtime_of(bundle: Bundle, name: str | None = None) -> Runtime:
-    """The runtime of this name, or the one that the bundle was made for.
+    """Return the runtime of this name or, if the name is None, the runtime that the bundle was made for.
 
-    Raises EngineError if there is none of that name.
+    Raises EngineError if there is no runtime of that name.
     """
-    chosen = name or bundle.manifest.runtime
-    if chosen not in RUNTIMES:
-        raise EngineError(f"{bundle.path}: there is no runtime {chosen!r}; this version has {', '.join(RUNTIMES)}")
-    return RUNTIMES[chosen]
+    runtime_name = name or bundle.manifest.runtime
+    if runtime_name not in RUNTIMES:
+        raise EngineError(f"{bundle.path}: there is no runtime {runtime_name!r}; choose one of {', '.join(RUNTIMES)}")
+    return RUNTIMES[runtime_name]
 
 
 def open_session(
@@ -32,19 +32,20 @@ def open_session(
     runtime: str | None = None,
     graphs: Collection[str] | None = None,
 ) -> GraphSession:
-    """Open a bundle, or only some of its graphs, with the runtime it was made for or another one.
+    """Open a bundle, or only some of its graphs, with a runtime.
 
     Args:
-        bundle: an opened bundle, or its folder.
-        threads: inside an operator, on a CPU; the runtime's own choice if None.
-        require_receipt: refuse a bundle that nothing proves.
-        runtime: a name of the registry: `ort-cpu`, `ort-cuda` or `tensorrt`.
-        graphs: names; all if None.
+        bundle: an opened bundle, or the path of its folder.
+        threads: number of CPU threads per operator; None leaves it to the runtime.
+        require_receipt: whether a bundle without a valid receipt is an error. Otherwise opening a folder gives a
+            ReceiptWarning.
+        runtime: `ort-cpu`, `ort-cuda` or `tensorrt`; None means the runtime that the bundle was made for.
+        graphs: names of the graphs to open; None opens all.
 
-    Raises BundleError if it is not an intact bundle, or has no valid receipt where one is required; EngineError if the
-    runtime is missing or refuses the bundle.
+    Raises BundleError if the bundle is damaged or lacks a required receipt, and EngineError if the runtime is missing
+    or refuses the bundle.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle), require_receipt)
     if require_receipt:
-        opened.prove()
+        opened.check_receipt()
     return runtime_of(opened, runtime).open(opened, OpenOptions(threads, graphs))

@@ -1,4 +1,4 @@
-"""What can run a bundle's graphs: the facts that everybody else reads in place of comparing names."""
+"""The description of a runtime. Other code reads these facts and never compares the names of runtimes."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 class OpenOptions(NamedTuple):
-    """How a bundle is opened.
+    """Options for opening a bundle.
 
     Attributes:
-        threads: inside an operator, on a CPU; None is the runtime's own choice.
-        graphs: the names of those that are opened; None opens all.
-        lean: little memory and a quick start matter more than speed, as in a proof. A runtime may ignore it.
-        models: ONNX graphs by name that run in place of the bundle's files, on the same weights; only where the
-            runtime `takes_models`.
+        threads: number of CPU threads per operator; None leaves it to the runtime.
+        graphs: names of the graphs to open; None opens all.
+        lean: whether little memory and a quick start matter more than speed, as in a proof. A runtime may ignore it.
+        models: serialised ONNX models by graph name, which run in place of the bundle's files on the bundle's weights.
+            Only a runtime that `takes_models` accepts them.
     """
 
     threads: int | None = None
@@ -26,31 +26,30 @@ class OpenOptions(NamedTuple):
     models: Mapping[str, bytes] | None = None
 
 
-def nothing_against(bundle: "Bundle") -> str | None:  # noqa: ARG001 - the signature of Runtime.refusal
-    """No bundle is refused."""
+def accept_all(bundle: "Bundle") -> str | None:  # noqa: ARG001 - the signature of Runtime.refusal
+    """Refuse no bundle."""
     return None
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """One runtime. To add one: a module that defines its session and its entry, and a line in the registry.
+    """One runtime. A new one needs a module with its session and its `Runtime`, and a line in the registry.
 
     Attributes:
-        name: what command lines, manifests and records call it.
-        title: what it is, in a few words.
-        status: the rows of `nbp_engines.status` that say what was executed of it so far.
-        extra: the extra of this distribution that installs it.
-        packages: the distributions whose versions a record and a receipt name.
-        devices: `cpu` or `cuda`, where it computes.
-        dtypes: the dtypes of a bundle that it executes.
-        runs_engines: whether it runs the TensorRT engines of a bundle, not its ONNX graphs.
-        shares_weights: whether all graphs can be open together at the cost of one copy of the weights. Else a proof
-            opens them one after the other.
-        takes_models: whether it can run graphs that are given as bytes.
+        name: its name in command lines, manifests and records.
+        title: a short description.
+        status: keys of the rows of `nbp_engines.status` that say what was executed with it so far.
+        extra: the extra of this distribution that installs its libraries.
+        packages: the distributions whose versions are written to records and receipts.
+        devices: the kinds of device that it computes on, `cpu` or `cuda`.
+        dtypes: the dtypes of bundles that it can run.
+        runs_engines: whether it runs the bundle's TensorRT engines. Otherwise it runs the ONNX graphs.
+        shares_weights: whether all open graphs share one copy of the weights. If not, a proof opens them one by one.
+        takes_models: whether it can run ONNX models that are given as bytes (`OpenOptions.models`).
         open: opens a bundle. Raises EngineError if that fails.
-        absence: a sentence that says why it cannot run on this machine, or None.
-        refusal: a sentence that says why it cannot run this bundle, or None.
-        description: what exactly would run this bundle, for a receipt: libraries with versions, and the GPU.
+        absence: returns a sentence that says why the runtime cannot run on this machine, or None if it can.
+        refusal: returns a sentence that says why it cannot run this bundle, or None if it can.
+        description: returns what would run this bundle, for a receipt: libraries with versions, and the GPU.
     """
 
     name: str
@@ -66,4 +65,4 @@ class Runtime:
     open: Callable[["Bundle", OpenOptions], "GraphSession"]
     absence: Callable[[], str | None]
     description: Callable[["Bundle"], str]
-    refusal: Callable[["Bundle"], str | None] = nothing_against
+    refusal: Callable[["Bundle"], str | None] = accept_all

@@ -1,6 +1,7 @@
-"""How a token is drawn from logits: top-k, then top-p, then the inverse of the cumulative distribution.
+"""Drawing tokens from logits: top-k, then top-p, then the inverse of the cumulative distribution.
 
-Everything in fp64 and in vocabulary order, so that equal logits and equal noise give equal tokens in every runtime.
+All arithmetic is in fp64 and sums run in vocabulary order, so that equal logits and equal noise give equal tokens in
+every runtime. `docs/bundle.md` defines the rules.
 """
 
 from dataclasses import dataclass
@@ -9,17 +10,21 @@ import numpy as np
 
 from nbp_errors import UsageError
 
-# Below it, dividing by the temperature would end in infinities, and no other token than the likeliest is ever drawn.
+# Division by a lower temperature could overflow, and only the most likely token would be drawn anyway.
 LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The paper's settings. Temperature 0 means greedy, the first of the largest logits.
+    """Sampling settings. The defaults are those of the paper.
 
-    A temperature below LEAST_TEMPERATURE becomes 0.
+    Attributes:
+        temperature: divides the logits. 0 means greedy: the token with the largest logit, and the lowest id among
+            equals. A temperature below LEAST_TEMPERATURE becomes 0.
+        top_k: how many of the largest logits to keep. All logits that equal the k-th are kept too.
+        top_p: the total probability to keep, counted from the most likely token down.
 
-    Raises UsageError for a setting that means nothing.
+    Raises UsageError for a setting that is out of range.
     """
 
     temperature: float = 1.0
@@ -33,15 +38,16 @@ class Sampling:
             object.__setattr__(self, "temperature", 0.0)
 
 
-# Probabilities worked on at once: 256 rows of 64,000 would touch a gigabyte of fresh memory.
-IN_CACHE = 2**16
+# Number of logits to process at once. All 256 rows of 64,000 at once would touch a gigabyte of new memory.
+CHUNK = 2**16
 GREEDY = Sampling(temperature=0.0)
 
 
 def nucleus(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probabilities after top-k and top-p, not renormalised: float64 [..., V] of logits [..., V].
+    """Return the probabilities after top-k and top-p, 0 for dropped tokens: float64 [..., V] of logits [..., V].
 
-    Ties with the k-th logit stay in; the token that crosses top-p stays in; among equals lower ids come first.
+    The result is not normalised again after top-p. Logits that equal the k-th largest are kept, and so is the token
+    whose probability crosses top-p. Among equal probabilities, top-p keeps the lower ids.
     """
     scaled = logits.astype(np.float64) / sampling.temperature
     drop = scaled.shape[-1] - sampling.top_k
@@ -50,31 +56,36 @@ def nucleus(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         scaled[scaled < smallest] = -np.inf
     probs: np.ndarray = np.exp(scaled - scaled.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
-    ranked = -np.sort(-probs, axis=-1)  # values alone: far cheaper than ranking the tokens
-    kept = (ranked.cumsum(-1) - ranked < sampling.top_p).sum(-1, keepdims=True)
-    least = np.take_along_axis(ranked, kept - 1, -1)
-    ties = probs == least
-    room = kept - (probs > least).sum(-1, keepdims=True)
-    probs[(probs < least) | (ties & (ties.cumsum(-1) > room))] = 0.0
+    ranked = -np.sort(-probs, axis=-1)  # sorting values is much faster than an argsort of the tokens
+    count = (ranked.cumsum(-1) - ranked < sampling.top_p).sum(-1, keepdims=True)  # how many tokens to keep
+    threshold = np.take_along_axis(ranked, count - 1, -1)
+    ties = probs == threshold
+    ties_kept = count - (probs > threshold).sum(-1, keepdims=True)
+    probs[(probs < threshold) | (ties & (ties.cumsum(-1) > ties_kept))] = 0.0
     return probs
 
 
 def sample(logits: np.ndarray, uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Draw one token a row: int64 [...] of logits [..., V] and uniforms [...] in [0,1)."""
+    """Draw one token per row: int64 [...] from logits [..., V] and uniforms [...] in [0,1)."""
     if sampling.temperature == 0:
         return np.asarray(logits.argmax(-1))
     rows, noise = logits.reshape(-1, logits.shape[-1]), uniforms.reshape(-1)
-    few = max(1, IN_CACHE // logits.shape[-1])
-    parts = (slice(start, start + few) for start in range(0, len(rows), few))
-    tokens = np.concatenate([draw(nucleus(rows[part], sampling), noise[part]) for part in parts])
+    rows_per_chunk = max(1, CHUNK // logits.shape[-1])
+    chunks = (slice(start, start + rows_per_chunk) for start in range(0, len(rows), rows_per_chunk))
+    tokens = np.concatenate([draw(nucleus(rows[chunk], sampling), noise[chunk]) for chunk in chunks])
     return tokens.reshape(uniforms.shape)
 
 
 def draw(probs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """The first token whose cumulative probability exceeds its share u of the total: int64 [...]."""
+    """Return the first token whose cumulative probability exceeds u·total: int64 [...].
+
+    Args:
+        probs: float64 [..., V]. They need not sum to 1; `total` is their sum.
+        uniforms: u, [...] in [0,1).
+    """
     cdf = probs.cumsum(-1)
     total = cdf[..., -1:]
-    # u·total can round up to the total itself, beyond the last token.
+    # The product u·total can round up to total, which no cumulative probability exceeds.
     target = np.minimum(uniforms[..., None] * total, np.nextafter(total, 0))
     tokens: np.ndarray = (cdf <= target).sum(-1)
     return tokens

@@ -1,4 +1,4 @@
-"""Commands that a message shows, spelled so that a shell reads back exactly the names that were meant."""
+"""Shell commands for messages, quoted so that a shell reads exactly the same words."""
 
 import shlex
 from pathlib import Path
@@ -7,9 +7,9 @@ from nbp_errors import printable
 
 
 def command_line(*words: object) -> str:
-    """The words as one line for a shell; a path that begins with a dash gets `./` in front.
+    """Return the words as one shell command. A path that begins with a dash gets `./` in front.
 
-    What cannot be printed is written as bash, ksh and zsh read it, in `$'…'` with escapes.
+    A word with characters that cannot be printed is written as `$'…'` with escapes, which bash, ksh and zsh understand.
     """
     return " ".join(_quoted(f"./{word}" if isinstance(word, Path) and str(word)[0] == "-" else word) for word in words)
 

@@ -1,7 +1,9 @@
-"""What a bundle's graphs take and give: the only place where the names, dtypes and shapes stand.
+"""Inputs, outputs and states of a bundle's graphs. All names, dtypes and shapes are defined here.
 
-Shape legend: B batch, L tokens in a block, P condition tokens (given latent frames, or a hybrid's text), S cache slots,
-N heads, D head dim, V vocabulary, F frames, T×H×W latent frames, rows and columns of tokens.
+A class-conditional model is called a hybrid: it generates its first block token by token and all others as blocks.
+
+Shape legend: B batch, L tokens in a block, P condition tokens (the given latent frames, or a hybrid's text), S cache
+slots, N heads, D head dim, V vocabulary, F video frames, T×H×W a clip's latent frames, rows and columns of tokens.
 """
 
 from collections.abc import Sequence
@@ -21,9 +23,11 @@ class TensorSpec:
     """One input or output of a graph.
 
     Attributes:
-        name, dtype, shape: as in the graph.
-        token_axis: the axis that counts tokens, which a graph may leave open, so that one graph serves prefill and
-            steps; None where everything is static.
+        name: the tensor's name in the graph.
+        dtype: a key of `BYTES`.
+        shape: the static shape that the graph is run with.
+        token_axis: the axis that counts tokens. The ONNX file may leave its size open, so that one file serves prefill
+            and steps. None if the file has a static shape.
     """
 
     name: str
@@ -33,30 +37,34 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Its size in memory."""
+        """Size in bytes."""
         return prod(self.shape) * BYTES[self.dtype]
 
     def pinned(self, dims: Sequence[int | str]) -> tuple[int | str, ...]:
-        """Dimensions that a graph declares, its token axis pinned to this tensor's size where a name leaves it open."""
+        """Return the dimensions that an ONNX file declares, with this tensor's size on the token axis if it is open.
+
+        An open dimension is a name in place of a number. Other open dimensions stay as they are.
+        """
         axis = self.token_axis
         if axis is None or len(dims) != len(self.shape) or not isinstance(dims[axis], str):
             return tuple(dims)
         return (*dims[:axis], self.shape[axis], *dims[axis + 1 :])
 
     def empty(self) -> np.ndarray:
-        """A zeroed buffer for it."""
+        """Return a zeroed array of this shape and dtype."""
         buffer: np.ndarray = np.zeros(self.shape, NUMPY_DTYPES[self.dtype])
         return buffer
 
 
 @dataclass(frozen=True)
 class State:
-    """What a graph carries from one run to the next.
+    """A value that a graph carries from one run to the next, such as a KV cache.
 
     Attributes:
-        input, output: the names of the tensors that hold it before and after a run.
-        in_place: whether the output must lie in the input's memory, of which the graph then writes a few rows; else
-            the output is copied to the input after the run.
+        input: the name of the tensor that holds the value before a run.
+        output: the name of the tensor that holds the value after a run.
+        in_place: if true, the output must share the input's memory, and the graph writes only the new rows. If false,
+            the output is copied to the input after each run.
     """
 
     input: str
@@ -65,7 +73,7 @@ class State:
 
 
 class GraphKind(StrEnum):
-    """What a graph does. Rules and checks are chosen by it."""
+    """What a graph computes. Linter rules and parity checks depend on it."""
 
     ENCODE = "encode"
     BLOCK_STEP = "block_step"
@@ -78,9 +86,10 @@ class GraphSpec:
 
     Attributes:
         name: unique in its bundle.
-        kind: what it does; a prefill is a block step of more tokens.
-        inputs, outputs: in the graph's order.
-        states: what it carries from run to run. Graphs whose states have the same input share that memory.
+        kind: what it computes. A prefill is a block step of more tokens.
+        inputs: all input tensors, in the graph's order.
+        outputs: all output tensors, in the graph's order.
+        states: the values that it carries from run to run. Graphs whose states have the same input share its memory.
     """
 
     name: str
@@ -91,39 +100,42 @@ class GraphSpec:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Output name → input name, for the states that are updated in place."""
+        """Output name → input name of each state that is updated in place."""
         return {state.output: state.input for state in self.states if state.in_place}
 
     def state_tensors(self) -> tuple[TensorSpec, ...]:
-        """The inputs that hold states, in the graph's order."""
+        """Return the inputs that hold states, in the graph's order."""
         names = {state.input for state in self.states}
         return tuple(t for t in self.inputs if t.name in names)
 
     def arguments(self) -> tuple[TensorSpec, ...]:
-        """The inputs that a caller gives, which are those that hold no state."""
+        """Return the inputs that a caller has to give, which are all that hold no state."""
         names = {state.input for state in self.states}
         return tuple(t for t in self.inputs if t.name not in names)
 
     def results(self) -> tuple[TensorSpec, ...]:
-        """The outputs that need memory of their own: all but those in the memory of an input."""
+        """Return the outputs that need their own memory, which are all that do not share the memory of an input."""
         return tuple(t for t in self.outputs if t.name not in self.aliases)
 
 
 @dataclass(frozen=True)
 class SystemSpec:
-    """Every number that is static in a bundle: from these, all graphs' inputs and outputs follow.
+    """The static numbers of a bundle, which determine the inputs and outputs of all its graphs.
 
     Attributes:
-        block: (t, h, w) tokens predicted together.
-        latent: (T, H, W) tokens of a whole clip.
-        condition_latents: latent frames that are given; 0 for a hybrid, which is told its class as text.
-        video: (F, height, width) in pixels of a whole clip.
-        condition_frames: video frames that are given.
-        batch: clips generated at once, B.
-        dtype: fp32, fp16 or bf16, of weights, caches and logits; tokens are int64 and video fp32 always.
-        layers, heads, head_dim, vocab: of the generator.
-        text_tokens: of a hybrid's condition; 0 for frame prediction.
-        text_vocab: text token ids of a hybrid.
+        block: (t, h, w), the shape of a block in tokens: frames, rows, columns.
+        latent: (T, H, W), the shape of a whole clip in tokens.
+        condition_latents: number of given latent frames; 0 for a hybrid, whose condition is a text.
+        video: (F, height, width) of a whole clip, in frames and pixels.
+        condition_frames: number of given video frames.
+        batch: B, the number of clips that are generated at once.
+        dtype: fp32, fp16 or bf16, the dtype of weights, caches and logits. Tokens are always int64, video always fp32.
+        layers: number of transformer layers of the generator.
+        heads: number of attention heads.
+        head_dim: numbers per attention head.
+        vocab: number of token ids, including a hybrid's special and text ids.
+        text_tokens: length of a hybrid's text; 0 for frame prediction.
+        text_vocab: number of a hybrid's text ids; 0 for frame prediction.
     """
 
     block: tuple[int, int, int]
@@ -142,69 +154,77 @@ class SystemSpec:
 
     @property
     def block_size(self) -> int:
-        """L."""
+        """L, the number of tokens in a block."""
         return prod(self.block)
 
     @property
     def clip_tokens(self) -> int:
-        """Tokens of a whole clip."""
+        """T·H·W, the number of tokens in a whole clip."""
         return prod(self.latent)
 
     @property
     def condition_tokens(self) -> int:
-        """P."""
+        """P, the number of condition tokens."""
         return self.text_tokens or self.condition_latents * prod(self.latent[1:])
 
     @property
     def capacity(self) -> int:
-        """S: all tokens but the last block, which is never fed back.
+        """S, the number of cache slots: one per token that is fed to the generator.
 
-        A hybrid feeds begin-of-video and L-1 middle-of-video tokens too, as many as it leaves out.
+        These are all tokens of the condition and the clip except the last block, which is never fed back. A hybrid also
+        feeds one begin-of-video and L-1 middle-of-video tokens, which are as many as its last block has.
         """
         return self.clip_tokens + self.text_tokens if self.hybrid else self.clip_tokens - self.block_size
 
     @property
     def blocks(self) -> int:
-        """Blocks to predict."""
+        """Number of blocks to predict."""
         return (self.clip_tokens - self.condition_latents * prod(self.latent[1:])) // self.block_size
 
     @property
     def steps(self) -> int:
-        """Forward passes that predict, as the paper counts them: one a block, a hybrid's first block one a token."""
+        """Number of forward passes that predict tokens, as the paper counts them.
+
+        There is one pass per block, except that a hybrid's first block takes one pass per token. The prefill of a frame
+        prediction counts, because it predicts the first block.
+        """
         return self.blocks + (self.block_size - 1) * self.hybrid
 
     @property
     def hybrid(self) -> bool:
-        """Whether the model is class-conditional: told a text, and begun token by token."""
+        """Whether the model is class-conditional: its condition is a text, and it generates block 0 token by token."""
         return self.text_tokens > 0
 
     @property
     def code_shift(self) -> int:
-        """The token id of the video tokenizer's token 0: a hybrid's L special tokens and its text come before it."""
+        """The token id of the video tokenizer's code 0. In a hybrid, L special ids and the text ids precede it."""
         return self.block_size + self.text_vocab if self.hybrid else 0
 
     def frames(self, latents: int) -> int:
-        """Video frames of the first so many latent frames: the very first stands alone."""
+        """Return how many video frames the first `latents` latent frames cover. The first one covers one frame."""
         frames, total = self.video[0], self.latent[0]
         return 1 + (latents - 1) * (frames - 1) // max(1, total - 1)
 
     def codes(self, tokens: np.ndarray) -> np.ndarray:
-        """The video tokenizer's tokens behind sampled ones; ids that are no video become the nearest that is."""
+        """Return the video tokenizer's codes of token ids, in the same shape.
+
+        An id that stands for no code becomes the code with the nearest id.
+        """
         return np.asarray((tokens - self.code_shift).clip(0, self.vocab - self.code_shift - 1))
 
     @property
     def block_text(self) -> str:
-        """`1x1x16`."""
+        """The block shape as text, such as `1x1x16`."""
         return "x".join(map(str, self.block))
 
-    def order(self) -> np.ndarray:
-        """Raster index of each token of a whole clip in block order: int64 [T·H·W]."""
+    def block_order(self) -> np.ndarray:
+        """Return the raster index of each token of a whole clip, listed in block order: int64 [T·H·W]."""
         (t, h, w), (frames, rows, columns) = self.block, self.latent
         raster = np.arange(self.clip_tokens).reshape(frames // t, t, rows // h, h, columns // w, w)
         return raster.transpose(0, 2, 4, 1, 3, 5).reshape(-1)
 
     def caches(self) -> tuple[TensorSpec, ...]:
-        """k_cache_0, v_cache_0, k_cache_1 … [B,N,S,D]."""
+        """Return the KV caches k_cache_0, v_cache_0, k_cache_1 and so on, each [B,N,S,D]."""
         shape = (self.batch, self.heads, self.capacity, self.head_dim)
         return tuple(TensorSpec(f"{kv}_cache_{i}", self.dtype, shape) for i in range(self.layers) for kv in "kv")
 
@@ -231,14 +251,20 @@ class SystemSpec:
         )
 
     def generator_graphs(self) -> dict[str, GraphSpec]:
-        """`prefill` and `step`, and `step_1`, of one token, with which a hybrid begins."""
+        """Return `prefill`, `step` and, for a hybrid with L > 1, `step_1`.
+
+        `step_1` processes a single token. A hybrid generates its first block with it.
+        """
         sizes = {"prefill": self.condition_tokens, "step": self.block_size}
         if self.hybrid and self.block_size > 1:
             sizes["step_1"] = 1
         return {name: self._block_step(name, size) for name, size in sizes.items()}
 
     def tokenizer_graphs(self) -> dict[str, GraphSpec]:
-        """`encode`, of the given frames if there are any, and `decode`, to the whole clip; tokens in raster order."""
+        """Return `encode`, except for a hybrid, and `decode`. Their tokens are in raster order.
+
+        `encode` takes the given frames, and `decode` returns the video of the whole clip.
+        """
         frames, height, width = self.video
         given = TensorSpec("video", "fp32", (self.batch, 3, self.condition_frames, height, width))
         whole = TensorSpec("video", "fp32", (self.batch, 3, frames, height, width))
@@ -248,15 +274,15 @@ class SystemSpec:
         return encode | {"decode": GraphSpec("decode", GraphKind.DECODE, (clip,), (whole,))}
 
     def graphs(self) -> dict[str, GraphSpec]:
-        """All that a bundle may hold, by name."""
+        """Return all graphs that a bundle may hold, by name."""
         return self.generator_graphs() | self.tokenizer_graphs()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the inverse of `from_json`."""
+        """Return plain values, from which `from_json` builds the same spec."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Build from `to_json`'s values; raises TypeError for unknown or missing names."""
+        """Build a spec from the values of `to_json`. Raises TypeError for unknown or missing names."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)

@@ -1,6 +1,6 @@
-"""What was built and executed so far, and where: the one table that help texts, bundles, reports and README quote.
+"""The table of what was built and executed so far, and where. Help texts, bundles, reports and README quote it.
 
-Whoever executes something for the first time changes its row here; everything else follows.
+When something is executed for the first time, change its row here. All other texts are generated from the table.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,15 +26,15 @@ YES, NO, NOT_APPLICABLE = Answer
 
 @dataclass(frozen=True)
 class Status:
-    """One row: a way from a model to its output, or a part of one.
+    """One row of the table.
 
     Attributes:
-        subject: names it, as a noun phrase.
-        built: whether it was built, where it has to be.
+        subject: a noun phrase that names what the row is about.
+        built: whether it was built, if it needs to be built.
         on_cpu: whether it was executed on a CPU.
         on_emulated_gpu: whether it was executed on an emulated GPU.
         on_gpu: whether it was executed on a GPU.
-        note: a sentence without its period that qualifies the cells; empty if they need none.
+        note: a sentence without its period that qualifies the answers; empty if none is needed.
     """
 
     subject: str
@@ -93,27 +93,27 @@ STATUS: Mapping[str, Status] = {
 
 
 def sentence(key: str) -> str:
-    """One row in words, such as "TensorRT 11 engines: never built, never executed."."""
+    """Return one row as a sentence, such as "TensorRT 11 engines: never built, never executed."."""
     row = STATUS[key]
     places = {"on a CPU": row.on_cpu, "on an emulated GPU": row.on_emulated_gpu, "on a GPU": row.on_gpu}
-    done = [place for place, answer in places.items() if answer is YES]
-    missing = [place for place, answer in places.items() if answer is NO]
+    executed = [place for place, answer in places.items() if answer is YES]
+    not_executed = [place for place, answer in places.items() if answer is NO]
     clauses = {YES: ["built"], NO: ["never built"]}.get(row.built, [])
-    if done:
-        clauses.append(f"executed {' and '.join(done)}")
-        clauses += [f"never {' or '.join(missing)}"] if missing else []
+    if executed:
+        clauses.append(f"executed {' and '.join(executed)}")
+        clauses += [f"never {' or '.join(not_executed)}"] if not_executed else []
     else:
         clauses.append("never executed")
     return _capitalised(f"{row.subject}: {', '.join(clauses)}{f' ({row.note})' if row.note else ''}.")
 
 
 def sentences(keys: Iterable[str]) -> list[str]:
-    """Some rows in words, each once."""
+    """Return the sentences of some rows, without repetitions."""
     return [sentence(key) for key in dict.fromkeys(keys)]
 
 
 def markdown() -> str:
-    """The whole table and how to read it, for README."""
+    """Return the whole table and its legend in Markdown, for README."""
     return "\n".join([*_lines(), "", LEGEND, ""])
 
 

@@ -59,7 +59,7 @@ def test_agreement_counts_predicted_tokens_and_finds_the_first_that_differs(tiny
     theirs = ours.copy()
     assert agreement(ours, theirs, spec) == (1.0, None)
     theirs[:, : spec.condition_tokens] = 5  # what was given does not count
-    theirs[1, spec.order()[spec.condition_tokens + 3]] = 1
+    theirs[1, spec.block_order()[spec.condition_tokens + 3]] = 1
     assert agreement(ours, theirs, spec) == (1 - 1 / (2 * 768), 3)
 
 

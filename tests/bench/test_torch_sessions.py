@@ -235,7 +235,7 @@ def test_the_generator_unrolls_what_can_be_unrolled(hybrid: bool) -> None:
 
 def unrolled(session: EagerSession, settings: Sampling) -> np.ndarray:
     """What `step_by_step` makes, by `unroll`."""
-    spec, condition, order = session.spec, condition_of(session), session.spec.order()
+    spec, condition, order = session.spec, condition_of(session), session.spec.block_order()
     noise = np.stack(
         [np.stack([uniforms(3, b, i, spec.block_size) for b in range(spec.batch)]) for i in range(spec.blocks)]
     )

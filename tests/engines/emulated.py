@@ -270,7 +270,7 @@ class Driver(Module):
         dtype = self.kernel.removeprefix("sample_")
 
         def run() -> None:
-            held = at(logits, (gridDimX, vocab), cuda.HOST[dtype])
+            held = at(logits, (gridDimX, vocab), cuda.HOST_DTYPES[dtype])
             values = (held.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else held
             settings = Sampling(temperature, top_k, top_p)
             at(tokens, (gridDimX,), np.int64)[:] = self.gpu.draw(
@@ -458,12 +458,12 @@ class CudaEngine:
     def _compute_widened(self, graph: GraphSpec, addresses: dict[str, int]) -> None:
         feeds = {}
         for t in graph.inputs:
-            held = at(addresses[t.name], t.shape, cuda.HOST[t.dtype])
+            held = at(addresses[t.name], t.shape, cuda.HOST_DTYPES[t.dtype])
             feeds[t.name] = (held.astype(np.uint32) << 16).view(np.float32) if t.dtype == "bf16" else held
         found = self._session.run([t.name for t in graph.outputs], feeds)
         for t, value in zip(graph.outputs, found, strict=True):
             rounded = (value.view(np.uint32) + 0x8000 >> 16).astype(np.uint16) if t.dtype == "bf16" else value
-            np.copyto(at(addresses[t.name], t.shape, cuda.HOST[t.dtype]), rounded)
+            np.copyto(at(addresses[t.name], t.shape, cuda.HOST_DTYPES[t.dtype]), rounded)
 
 
 @dataclass

@@ -76,7 +76,7 @@ def test_a_program_that_follows_the_page_gets_the_same_clips(bundle: Bundle, set
     assert np.array_equal(clip, tokens)
     assert np.array_equal(codes, bundle.manifest.spec.codes(tokens))
     spec = bundle.manifest.spec
-    predicted = clip[:, spec.order()[-spec.blocks * spec.block_size :]]
+    predicted = clip[:, spec.block_order()[-spec.blocks * spec.block_size :]]
     assert settings == GREEDY or np.unique(predicted).size > 5
 
 

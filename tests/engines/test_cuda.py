@@ -183,7 +183,7 @@ def test_a_device_tells_what_it_is(device: Device) -> None:
     ("found", "words"),
     [
         (Gpu(served=0), "no NVIDIA driver"),
-        (Gpu(served=12080), r"serves CUDA 12\.8, 13\.0 is needed: install driver 580"),
+        (Gpu(served=12080), r"supports CUDA 12\.8, but 13\.0 is needed: install driver 580"),
         (Gpu(count=0), "no GPU to run on: cudaErrorNoDevice.*CUDA_VISIBLE_DEVICES"),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_device_that_is_not_there(found: Gpu, words: str) -> None:
 
 
 def test_a_number_that_no_gpu_has() -> None:
-    with emulated(Gpu()), pytest.raises(EngineError, match="1 found, number 3 asked for"):
+    with emulated(Gpu()), pytest.raises(EngineError, match="number 3 does not exist, the number of GPUs is 1"):
         Device.open(3)
 
 
@@ -203,7 +203,7 @@ def test_memory_is_zero_although_it_was_not(device: Device) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int64", "fp64"])
 def test_what_is_written_is_read(device: Device, dtype: str) -> None:
-    values = np.arange(-6, 6).reshape(3, 4).astype(cuda.HOST[dtype])
+    values = np.arange(-6, 6).reshape(3, 4).astype(cuda.HOST_DTYPES[dtype])
     buffer = device.allocate((3, 4), dtype)
     buffer.write(values)
     assert np.array_equal(buffer.read(), values)
@@ -234,7 +234,7 @@ def test_bf16_is_rounded_to_the_nearest_even_as_pytorch_does(device: Device) -> 
     ],
 )
 def test_what_does_not_fit_is_refused(device: Device, shape: Any, dtype: str, given: np.ndarray) -> None:
-    with pytest.raises(EngineError, match=re.escape(f"{given.dtype} {list(given.shape)} for a buffer of {dtype}")):
+    with pytest.raises(EngineError, match=re.escape(f"{given.dtype} {list(given.shape)} to a buffer of {dtype}")):
         device.allocate(shape, dtype).write(given)
 
 
@@ -242,7 +242,7 @@ def test_too_little_memory_is_told_in_bytes() -> None:
     with emulated(Gpu(memory=1000)) as gpu:
         device = Device.open()
         device.allocate((10, 10), "fp32")
-        with pytest.raises(EngineError, match="no room for k_cache_3 on Emulated: asked for 640 bytes, 600 free"):
+        with pytest.raises(EngineError, match="no memory for k_cache_3 on Emulated: it needs 640 bytes, 600 are free"):
             device.allocate((8, 10), "fp64", "k_cache_3")
         assert gpu.log[-1] == "cudaGetLastError", "the next library would find the error"
         device.close()

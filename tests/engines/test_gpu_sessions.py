@@ -239,7 +239,7 @@ def test_inputs_that_do_not_fit_are_refused(engines: Callable[..., Exported], gp
     with open_session(engines("fp16").bundle, runtime=runtime) as session:
         gpu.log.clear()
         for tokens in (np.zeros((1, 5), np.int64), np.zeros((1, 4), np.int32), np.zeros((2, 4), np.int64)):
-            with pytest.raises(EngineError, match=r"step: tokens is int.*, the graph takes int64 \[1, 4\]"):
+            with pytest.raises(EngineError, match=r"step: tokens is int.*, but the graph takes int64 \[1, 4\]"):
                 session.step(tokens, np.array([32]))
         assert not gpu.log
 
@@ -251,17 +251,21 @@ REFUSED: dict[str, tuple[Gpu, dict[str, Any], str]] = {
     "another architecture": (
         Gpu(),
         {"arch": "sm86"},
-        rf"encode\.engine was built for sm86, Emulated is sm80: build .* with --arch sm80; it was made by `{MADE}",
+        rf"encode\.engine was built for sm86, but Emulated is sm80: build .* with --arch sm80; it was made by `{MADE}",
     ),
-    "an older GPU": (Gpu(7, 5), {"compatibility": "ampere+"}, "built for sm80, Emulated is sm75"),
-    "another of its kind": (Gpu(8, 6), {"compatibility": "same-cc"}, "built for sm80, Emulated is sm86"),
+    "an older GPU": (Gpu(7, 5), {"compatibility": "ampere+"}, "built for sm80, but Emulated is sm75"),
+    "another of its kind": (Gpu(8, 6), {"compatibility": "same-cc"}, "built for sm80, but Emulated is sm86"),
     "another version": (
         Gpu(),
         {"version": "1.6"},
-        rf"here is 1\.7.*: pip install 'nbp-export\[trt-rtx\]' tensorrt-rtx==1\.6, or .*again: it was made by `{MADE}",
+        rf"but 1\.7.* is installed: pip install '.*\[trt-rtx\]' tensorrt-rtx==1\.6, or .*again; it was made by `{MADE}",
     ),
     "a swapped order": (Gpu(), {"graphs": ("step", "prefill")}, "has no|profile 0 takes tokens"),
-    "no room for caches": (Gpu(memory=10_000), {}, r"no room for \w+ on Emulated: asked for [\d,]+ bytes, [\d,]+ free"),
+    "no room for caches": (
+        Gpu(memory=10_000),
+        {},
+        r"no memory for \w+ on Emulated: it needs [\d,]+ bytes, [\d,]+ are free",
+    ),
 }
 
 
@@ -294,14 +298,16 @@ def test_a_library_that_is_not_installed(engines: Callable[..., Exported]) -> No
 
 
 def test_a_bundle_without_engines(exported: Exporter) -> None:
-    with pytest.raises(EngineError, match=rf"has no engines: it was made by `{MADE} .*`; `nbp-export trt` with"):
+    with pytest.raises(
+        EngineError, match=rf"has no TensorRT engines: it was made by `{MADE} .*`; `nbp-export trt` with"
+    ):
         open_session(exported("1x1x4", tokenizer=True).bundle, runtime="tensorrt")
 
 
 def test_an_engine_that_does_not_load(engines: Callable[..., Exported], gpu: Gpu) -> None:
     bundle = engines("fp16").bundle
     (bundle.path / "generator.engine").write_bytes(b"nonsense")
-    words = r"does not load .*generator\.engine on Emulated: magic tag does not match \(8 bytes asked for, [\d,]+ free"
+    words = r"cannot load .*generator\.engine on Emulated: magic tag does not match \(the file has 8 bytes, .* free\)"
     with pytest.raises(EngineError, match=words):
         open_session(bundle, graphs=["step"])
     assert not gpu.device
@@ -312,14 +318,17 @@ def test_what_the_real_library_says_of_nonsense(tmp_path: Path) -> None:
     """For real, but for the device's memory."""
     (tmp_path / "generator.engine").write_bytes(b"nonsense" * 9)
     device = cuda.Device.open()
-    with pytest.raises(EngineError, match=r"does not load .*generator\.engine on Emulated: .*magicTag.*72 bytes"):
+    with pytest.raises(EngineError, match=r"cannot load .*generator\.engine on Emulated: .*magicTag.*72 bytes"):
         trt._load(tensorrt_rtx, tmp_path / "generator.engine", device, [])
     device.close()
 
 
 DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
-    "a copied cache": ({"copied": ["v_cache_1_out"]}, "v_cache_1_out is no update of v_cache_1 in place"),
-    "logits of another type": ({"dtype logits": "FLOAT"}, "logits is output FLOAT .*, where output HALF .* is due"),
+    "a copied cache": ({"copied": ["v_cache_1_out"]}, "v_cache_1_out must update v_cache_1 in place"),
+    "logits of another type": (
+        {"dtype logits": "FLOAT"},
+        "logits is output FLOAT .*, but the manifest has output HALF",
+    ),
     "a smaller cache": ({"shape k_cache_0": [1, 2, 60, 32]}, "k_cache_0 is input HALF .*60, 32"),
 }
 
@@ -443,14 +452,14 @@ def test_what_cannot_be_captured_runs_and_says_so(
 
 def test_the_cpus_onnx_runtime_is_refused(exported: Exporter) -> None:
     """For real."""
-    words = r"ONNX Runtime .* here is the CPU's.*pip uninstall onnxruntime, then pip install 'nbp-export\[gpu\]'"
+    words = r"ONNX Runtime .* is the package for CPUs.*pip uninstall onnxruntime, then pip install 'nbp-export\[gpu\]'"
     with pytest.raises(EngineError, match=words):
         open_session(exported("1x1x4", tokenizer=True).bundle, runtime="ort-cuda")
 
 
 def test_a_silent_fallback_is_refused(exported: Exporter) -> None:
     with emulated(Gpu(), took="CPUExecutionProvider") as gpu:
-        with pytest.raises(EngineError, match="took CPUExecutionProvider in place of what was asked for"):
+        with pytest.raises(EngineError, match="chose CPUExecutionProvider, not the requested provider CUDA"):
             open_session(exported("1x1x4", tokenizer=True).bundle, runtime="ort-cuda")
         assert gpu.device == {}
         assert gpu.handles == {}
@@ -460,7 +469,7 @@ def test_a_silent_fallback_is_refused(exported: Exporter) -> None:
 def test_a_bf16_tokenizer_is_refused(exported: Exporter) -> None:
     bundle = exported("1x1x4", "fp16", tokenizer=True, one_graph=True).bundle
     half = replace(bundle.manifest, spec=replace(bundle.manifest.spec, dtype="bf16"))
-    with pytest.raises(EngineError, match=r"no Pad for .*: export it with --dtype fp16"):
+    with pytest.raises(EngineError, match=r"no Pad for .* in bf16: export it with --dtype fp16"):
         open_session(replace(bundle, manifest=half), runtime="ort-cuda")
 
 

@@ -75,11 +75,11 @@ LIES: dict[str, tuple[SystemSpec, Change, str]] = {
     "a larger batch": (replace(SPEC, batch=2), keep, r"input tokens is .*\[2, 16\], .*\[1, 16\]"),
     "another block": (replace(SPEC, block=(1, 1, 2)), keep, r"input k_cache_0 is .*\[1, 2, 46, 8\], .*\[1, 2, 44, 8\]"),
     "wider heads": (replace(SPEC, head_dim=16), keep, r"input k_cache_0 is .*\[1, 2, 44, 16\]"),
-    "a layer more": (replace(SPEC, layers=3), keep, "input k_cache_2 is .*, where the manifest has none"),
-    "a layer fewer": (replace(SPEC, layers=1), keep, "input k_cache_1 is missing, where the manifest has tensor"),
+    "a layer more": (replace(SPEC, layers=3), keep, "input k_cache_2 is .*, but the manifest has none"),
+    "a layer fewer": (replace(SPEC, layers=1), keep, "input k_cache_1 is missing, but the manifest has tensor"),
     "half precision": (replace(SPEC, dtype="fp16"), keep, r"input k_cache_0 is tensor\(float16\) .*tensor\(float\)"),
     "another name": (SPEC, renamed, "output logits is missing"),
-    "an output more": (SPEC, one_more_output, "output tokens_out is tensor.*, where the manifest has none"),
+    "an output more": (SPEC, one_more_output, "output tokens_out is tensor.*, but the manifest has none"),
     "any batch": (SPEC, any_batch, r"input tokens is tensor\(int64\) \['B', 16\]"),
 }
 

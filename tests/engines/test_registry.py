@@ -37,5 +37,5 @@ def test_a_wrong_name_lists_the_right_ones(tmp_path: Path) -> None:
     from nbp_engines.errors import EngineError
     from tests.engines.test_bundle import make
 
-    with pytest.raises(EngineError, match="there is no runtime 'onnx'; this version has ort-cpu, ort-cuda, tensorrt"):
+    with pytest.raises(EngineError, match="there is no runtime 'onnx'; choose one of ort-cpu, ort-cuda, tensorrt"):
         open_session(make(tmp_path / "toy"), runtime="onnx")

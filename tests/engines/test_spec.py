@@ -39,13 +39,13 @@ def tiled(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
 @given(tiled())
 def test_the_order_is_the_reference_blocks(case: tuple[tuple[int, int, int], tuple[int, int, int]]) -> None:
     block, latent = case
-    found = replace(K600, block=block, latent=latent).order()
+    found = replace(K600, block=block, latent=latent).block_order()
     assert found.tolist() == BlockShape(*block).order(Latent(*latent)).tolist()
 
 
 def test_the_order_of_a_small_block_by_hand() -> None:
     spec = replace(K600, block=(1, 2, 2), latent=(1, 2, 6), condition_latents=0)
-    assert spec.order().tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+    assert spec.block_order().tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
 
 
 # The paper counts the prefill as the first step.

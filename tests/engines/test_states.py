@@ -66,9 +66,9 @@ def test_the_arguments_of_a_graph_are_all_given_and_no_others(tmp_path: Path) ->
     tokens, at = np.zeros((1, 4), np.int64), np.array([16])
     with open_session(bundle(tmp_path / "toy", SPEC), threads=1) as session:
         session.run("step", tokens=tokens, cache_pos=at)
-        with pytest.raises(EngineError, match="step misses cache_pos: its inputs are tokens, cache_pos"):
+        with pytest.raises(EngineError, match="step needs cache_pos: its inputs are tokens, cache_pos"):
             session.run("step", tokens=tokens)
-        with pytest.raises(EngineError, match="step misses tokens and has no token: its inputs are"):
+        with pytest.raises(EngineError, match="step needs tokens and has no token: its inputs are"):
             session.run("step", token=tokens, cache_pos=at)
         with pytest.raises(EngineError, match="step has no k_cache_0: its inputs are tokens, cache_pos"):
             session.run("step", tokens=tokens, cache_pos=at, k_cache_0=np.zeros((1, 2, 44, 8), np.float32))

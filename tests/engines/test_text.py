@@ -124,9 +124,11 @@ def test_own_words_in_any_order_read_back(chosen: list[str]) -> None:
 
 
 def test_an_unknown_word_lists_those_there_are() -> None:
-    with pytest.raises(UsageError, match=r"no class 'digits': did you mean 'digit'\? there are moving, digit, left, r"):
+    with pytest.raises(
+        UsageError, match=r"no class 'digits': did you mean 'digit'\? the words are moving, digit, left"
+    ):
         ids("MovingDigits", words=WORDS)
-    with pytest.raises(UsageError, match=r"no class 'xylophone': there are moving"):
+    with pytest.raises(UsageError, match=r"no class 'xylophone': the words are moving"):
         ids("Xylophone", words=WORDS)
     with pytest.raises(UsageError, match="no class '<end>'"):
         ids("<end>", words=WORDS)
@@ -149,7 +151,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(kind: str, model: Path, tmp_pa
     size = SentencePieceProcessor(model_file=str(model)).vocab_size()
     file = model if kind == "model" else as_json(model, tmp_path / "tokenizer.json", True)
     assert ids("YoYo", file, spec=spec_of(size))[0] == 1
-    with pytest.raises(UsageError, match=f"has {size} ids, the model only {size - 1}"):
+    with pytest.raises(UsageError, match=f"has {size} ids, but the model only {size - 1}"):
         ids("YoYo", file, spec=spec_of(size - 1))
 
 
@@ -182,10 +184,10 @@ def test_a_missing_package_is_one_line(
 
 def test_listed_ids() -> None:
     assert listed_ids("5, 0,31999,0,0,0,0,1", spec_of()).tolist() == [5, 0, 31999, 0, 0, 0, 0, 1]
-    with pytest.raises(UsageError, match="2 of them, the model takes exactly 8"):
+    with pytest.raises(UsageError, match="2 text ids in 5,0, but the model takes exactly 8"):
         listed_ids("5,0", spec_of())
     for wrong in ("32000", "-1", "x", "", "9" * 40):
-        with pytest.raises(UsageError, match=f"text id '{wrong}' is none: they reach from 0 to 31999"):
+        with pytest.raises(UsageError, match=f"'{wrong}' is not a text id: give whole numbers from 0 to 31999"):
             listed_ids(f"{wrong},0,0,0,0,0,0,0", spec_of())
 
 

@@ -56,7 +56,7 @@ def test_our_session_and_loop_generate_the_same(case: dict[str, Any], exported: 
     spec = made.bundle.manifest.spec
     condition, expected = clear_case(made)
     raster = np.empty((spec.batch, spec.clip_tokens), np.int64)
-    raster[:, spec.order()] = np.concatenate([condition, expected], axis=1)
+    raster[:, spec.block_order()] = np.concatenate([condition, expected], axis=1)
     with OrtSession(made.bundle, OpenOptions(threads=1)) as session:
         for _ in range(2):  # the second clip finds the first one's caches
             for clip in Generator(session, GREEDY).blocks(raster[:, : spec.condition_tokens]):
@@ -82,7 +82,7 @@ def test_sampled_generation_is_the_references(case: dict[str, Any], exported: Ex
             found = clip
     generator = made.source.generator
     k, v = generator.empty_caches(spec.batch)
-    order = spec.order()
+    order = spec.block_order()
     tokens, position = torch.from_numpy(condition[:, order[: spec.condition_tokens]]), 0
     for noise in noises:
         logits, k, v = generator.block_step(tokens, torch.full((spec.batch,), position), k, v)

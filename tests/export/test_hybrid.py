@@ -125,7 +125,7 @@ def test_sampled_clips_are_the_references(made: tuple[Bundle, Source]) -> None:
         tokens = predicted
         ids.append(predicted)
     expected = np.empty_like(clip.tokens)
-    expected[:, spec.order()] = (torch.cat(ids, 1).numpy() - spec.code_shift).clip(0, 124)
+    expected[:, spec.block_order()] = (torch.cat(ids, 1).numpy() - spec.code_shift).clip(0, 124)
     assert np.array_equal(clip.tokens, expected)
     assert source.tokenizer is not None
     due = source.tokenizer.decode(torch.from_numpy(expected), (5, 4, 4)).numpy()

@@ -87,9 +87,9 @@ def test_prefill_and_step_share_the_caches(exported: Exporter) -> None:
 
 def test_wrong_shapes_are_refused_by_name(exported: Exporter) -> None:
     with OrtSession(exported("1x2x2", batch=2).bundle, OpenOptions(threads=1)) as session:
-        with pytest.raises(EngineError, match=r"step: tokens is int64 \[2, 3\], the graph takes int64 \[2, 4\]"):
+        with pytest.raises(EngineError, match=r"step: tokens is int64 \[2, 3\], but the graph takes int64 \[2, 4\]"):
             session.step(np.zeros((2, 3), np.int64), np.full(2, 32))
-        with pytest.raises(EngineError, match=r"step: tokens is float32 \[2, 4\], the graph takes int64"):
+        with pytest.raises(EngineError, match=r"step: tokens is float32 \[2, 4\], but the graph takes int64"):
             session.step(np.zeros((2, 4), np.float32), np.zeros(2, np.int64))
         with pytest.raises(EngineError, match=r"step: cache_pos is int64 \[1\]"):
             session.step(np.zeros((2, 4), np.int64), np.full(1, 32))

@@ -86,7 +86,7 @@ def test_a_checkpoint_of_any_name_is_exported_from_its_folder(name: str, weights
     words = [os.fsdecode(word) for word in told.split(b"\0")]
     again = words[words.index("--checkpoint") + 1]
     assert Path(again).samefile(f"{name}.ckpt")
-    assert command in bundle.manifest.made
+    assert command in bundle.manifest.origin
     assert_harmless(run("inspect", folder))
     assert_harmless(run("inspect", "--json", folder))
 

@@ -54,7 +54,7 @@ def test_the_logits_are_those_of_the_references_full_forward(exported: Exporter)
     """Another way to the same numbers: the whole sequence at once, without caches."""
     made = exported("1x2x2", batch=2)
     trace, L = read_trace(made.bundle), 4
-    order = made.bundle.manifest.spec.order()
+    order = made.bundle.manifest.spec.block_order()
     given = np.array(trace["condition"])[:, order[:32]]
     tokens = np.concatenate([given, *(np.array(call["drawn"]) for call in trace["calls"])], 1)
     for number, call in enumerate(trace["calls"]):
@@ -169,7 +169,7 @@ IMPOSSIBLE: list[tuple[str, object, str]] = [
     ("vocabulary_ids.3", 0, r"vocabulary_ids\[3\] is 0"),
     ("seed", -1, r"seed is -1"),
     ("sampling.top_k", 0, r"top_k is 0"),
-    ("extra", 0, r"'extra', which means nothing"),
+    ("extra", 0, r"unknown name 'extra'"),
 ]
 
 

@@ -276,7 +276,7 @@ WRONG_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "no bytes": (lambda builds: [builds[0] | {"weights": -1}], "not bytes, or null"),
     "layers of text": (lambda builds: [builds[0] | {"layers": {"SHUFFLE": "many"}}], "not a whole number"),
     "a terminal's commands": (lambda builds: [builds[0] | {"layers": {"\x1b[31m": 1}}], "not printable"),
-    "more": (lambda builds: [builds[0] | {"speed": 9}], "'speed', which means nothing"),
+    "more": (lambda builds: [builds[0] | {"speed": 9}], "unknown name 'speed'"),
 }
 
 

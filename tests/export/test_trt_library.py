@@ -108,7 +108,7 @@ def test_tensorrt_11s_options_reach_its_config(tmp_path: Path) -> None:
     assert config.builder_optimization_level == 4
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 2**28
     assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
-    assert any("setHardwareCompatibilityLevel" in line for line in log_of(STAND_IN.load()).named("WARNING"))
+    assert any("setHardwareCompatibilityLevel" in line for line in log_of(STAND_IN.load()).messages("WARNING"))
     assert config.num_compute_capabilities != 1  # no architecture by name
     keep_timings(config, STAND_IN, options)
     (kept,) = (tmp_path / "timings").iterdir()

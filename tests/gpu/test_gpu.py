@@ -57,7 +57,7 @@ def step_by_step(session: EagerSession, condition: np.ndarray, settings: Samplin
     """Predicted tokens [B,blocks·L] in block order."""
     for clip in Generator(session, settings, seed=3).blocks(condition):
         tokens = clip
-    return tokens[:, session.spec.order()][:, -session.spec.blocks * session.spec.block_size :]
+    return tokens[:, session.spec.block_order()][:, -session.spec.blocks * session.spec.block_size :]
 
 
 def unrolled(session: EagerSession, condition: np.ndarray, settings: Sampling) -> np.ndarray:
