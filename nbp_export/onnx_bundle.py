@@ -165,7 +165,11 @@ def _move(folder: Path, out: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder's lock, which ends with this process at the latest; False where it is held or there are none."""
+    """Hold the lock of a folder and yield True; yield False if another process holds it or locks are not supported.
+
+    The operating system releases the lock when this process ends, however it ends.
+    """
+    # filelock's FileLock cannot lock a folder: it would leave a lock file beside every bundle.
     with ExitStack() as closing:
         try:
             import fcntl
