@@ -171,11 +171,11 @@ def _batch(text: str) -> int:
 def _bundles(folders: Sequence[Path], model: dict[str, Any]) -> "list[Subject]":
     """The bundles as they are. Raises UsageError for an option that would say again what they are."""
     from nbp_bench.plan import Subject
-    from nbp_export.inspect import look
+    from nbp_export.inspect import open_unproven
 
     if given := [f"--{name.replace('_', '-')}" for name, value in model.items() if value]:
         raise UsageError(f"a bundle says what its model is: leave out {', '.join(given)}")
-    return [Subject(bundle=folder, spec=look(folder).manifest.spec) for folder in folders]
+    return [Subject(bundle=folder, spec=open_unproven(folder).manifest.spec) for folder in folders]
 
 
 def _models(
