@@ -1,1 +1,1 @@
-"""Turns a reference model and a block shape into a bundle of static graphs."""
+"""Exports a reference model, for one block shape, to a bundle of static graphs."""

@@ -1,4 +1,4 @@
-"""`python -m nbp_export`, which is the command `nbp-export`."""
+"""Runs the command `nbp-export` as `python -m nbp_export`."""
 
 from nbp_export.cli import main
 

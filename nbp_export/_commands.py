@@ -1,4 +1,4 @@
-"""What the two command lines share: errors and warnings as one line each, and the choice of a runtime."""
+"""Code that `nbp-export` and `nbp-bench` share: one-line errors and warnings, and the option `--runtime`."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from nbp_engines.registry import RUNTIMES
 from nbp_errors import NbpError, UsageError
 
 
-class _Refusal(click.ClickException):
+class _UsageFailure(click.ClickException):
     exit_code = UsageError.exit_code
 
 
@@ -20,39 +20,39 @@ class Commands(click.Group):
     """A group of commands that print this distribution's errors and warnings as one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; exits with the error's own code if it fails."""
+        """Run the command. If it fails with an NbpError, print its message and exit with its code."""
         try:
             with plain_warnings():
                 return super().invoke(ctx)
         except NbpError as error:
-            kind = _Refusal if error.exit_code == _Refusal.exit_code else click.ClickException
+            kind = _UsageFailure if error.exit_code == _UsageFailure.exit_code else click.ClickException
             raise kind(error.message) from error
 
 
 class RuntimeName(click.ParamType[str]):
-    """The name of a runtime in the registry, which is read when it is needed: the help lists what is there then."""
+    """The name of a registered runtime. The registry is read at each use, so that the help lists all of its entries."""
 
     name = "runtime"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002
-        """`[ort-cpu|…]`, for the help."""
+        """Return the names for the help, as in `[ort-cpu|…]`."""
         return f"[{'|'.join(RUNTIMES)}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name; a usage error that lists the names if it is another."""
+        """Return the name. Fails with a usage error that lists all names if there is no such runtime."""
         if value not in RUNTIMES:
-            self.fail(f"{value!r} is not a runtime: choose among {', '.join(RUNTIMES)}.", param, ctx)
+            self.fail(f"{value!r} is not a runtime: choose one of {', '.join(RUNTIMES)}.", param, ctx)
         return str(value)
 
 
 def runtime_help() -> str:
-    """The registry in one sentence, with the extra that installs each runtime."""
+    """Return one line of help that names each registered runtime and the extra that installs it."""
     return "; ".join(f"{runtime.name}: {runtime.title} (extra {runtime.extra})" for runtime in RUNTIMES.values())
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """While it lasts, our warnings are printed as one line on standard error."""
+    """Print every ReceiptWarning as one line on standard error inside this context."""
     with warnings.catch_warnings():
         standard = warnings.showwarning
 

@@ -1,4 +1,4 @@
-"""One line for a missing optional dependency, instead of a traceback."""
+"""Reports a missing optional dependency in one line instead of a traceback."""
 
 from importlib.util import find_spec
 
@@ -7,9 +7,9 @@ from nbp_errors import NbpError
 
 
 def need(extra: str, *modules: str) -> None:
-    """Raise NbpError, with the pip command, unless all modules can be imported."""
-    missing = [m for m in modules if find_spec(m) is None]
+    """Raise NbpError with the pip command of an extra if one of its modules is not installed."""
+    missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        # Where a runtime is installed it may be the GPU's, which the CPU's would overwrite.
+        # An ONNX Runtime that is already installed may be the GPU build, which the CPU build would overwrite.
         extras = f"{extra},{DEFAULT.extra}" if find_spec("onnxruntime") is None else extra
         raise NbpError(f"{', '.join(missing)} missing: pip install 'nbp-export[{extras}]'")

@@ -1,4 +1,4 @@
-"""The `nbp-export` command: parse, call, print."""
+"""The command `nbp-export`: parses options, calls the package and prints results."""
 
 import errno
 import json
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 SIZES = "nbp-xl, nbp-xxl, nbp-3b, nbp-tiny, each also as NAME-hybrid"
 
 
-class _Ended(BaseException):
-    """A signal that ends the process.
+class _Terminated(BaseException):
+    """Raised in the main thread when a signal asks the process to end.
 
     Attributes:
-        number: the signal's.
+        number: the number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -43,81 +43,93 @@ class _Ended(BaseException):
 
 
 class _ExportCommands(Commands):
-    """Commands that clean up when a signal ends them, and print what the operating system refuses as one line."""
+    """Commands that clean up when a signal ends them, and that print an OSError as one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; exits with 128 and a signal's number where one ended it, as shells have it."""
+        """Run the command. If a signal ends it, exit with 128 plus the signal's number, as shells do."""
         try:
-            with _ending_signals():
+            with _signals_raise():
                 return super().invoke(ctx)
-        except _Ended as end:
+        except _Terminated as end:
             click.echo(f"Ended by {signal.Signals(end.number).name}.", err=True)
             sys.exit(128 + end.number)
         except OSError as error:
-            if error.errno in (None, errno.EPIPE):  # the first is no refusal of the system's, the other is click's
+            if error.errno in (None, errno.EPIPE):  # not from the operating system; a closed pipe, which click handles
                 raise
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(printable(f"{where}{error.strerror}")) from error
 
 
 @contextmanager
-def _ending_signals() -> Iterator[None]:
-    """While it lasts, SIGTERM and SIGHUP raise, as Ctrl-C does, so that nothing half-written is left behind."""
+def _signals_raise() -> Iterator[None]:
+    """Inside this context, let SIGTERM and SIGHUP raise as Ctrl-C does, so that partial files are removed."""
 
-    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)  # cleaning up takes a moment, in which it may come again
-        raise _Ended(number)
+    def terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        for other in defaults:
+            signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
+        raise _Terminated(number)
 
     names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # What `nohup` or a program around this one has settled stays.
-    before = {number: signal.SIG_DFL for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    # Handlers that `nohup` or a calling program installed are kept.
+    defaults = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     try:
-        for number in before:
-            signal.signal(number, end)
+        for number in defaults:
+            signal.signal(number, terminate)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in defaults:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @click.group(cls=_ExportCommands)
 @click.version_option(package_name="nbp-export")
 def main() -> None:
-    """Take a Next-Block-Prediction video generator from PyTorch to engines, each proven against the reference."""
+    """Export a Next-Block-Prediction video generator from PyTorch to ONNX or TensorRT, checked against PyTorch."""
 
 
 MODEL_OPTIONS = (
-    click.option("--model", help=f"A named size: {SIZES}.  [default: the bundled nbp-tiny]"),
+    click.option("--model", help=f"Name of a model size: {SIZES}.  [default: the bundled nbp-tiny]"),
     click.option(
         "--checkpoint",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="The authors' .ckpt, or our .safetensors: a path, or ORG/REPO[@REVISION][/FILE] on the Hugging Face Hub.",
+        help="The authors' .ckpt or our .safetensors: a path, or ORG/REPO[@REVISION][/FILE] on the Hugging Face Hub.",
     ),
     click.option(
         "--tokenizer",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="The authors' .pt, or ours; here or on the Hub.",
+        help="The authors' .pt or our .safetensors: a path, or a file on the Hub as for --checkpoint.",
     ),
-    click.option("--ema", is_flag=True, help="Take the EMA copy of the weights that a checkpoint holds beside them."),
-    click.option("--weights", type=click.Choice(["random"]), help="Random weights of the named model: for timing."),
+    click.option("--ema", is_flag=True, help="Load the EMA copy of the weights that the checkpoint also holds."),
     click.option(
-        "--block", help="Block shape TxHxW in latent units, or a size.  [default: the model's own, else 1x1x16]"
+        "--weights", type=click.Choice(["random"]), help="Use random weights of the model's size, for timing."
+    ),
+    click.option(
+        "--block", help="Block shape TxHxW in tokens, or the number of tokens.  [default: the model's own, else 1x1x16]"
     ),
     click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True),
-    click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips generated at once."),
-    click.option("--timing-only", is_flag=True, help="Accept a checkpoint that was trained for another block."),
     click.option(
-        "--out", type=click.Path(path_type=Path), help="The bundle's folder.  [default: ./NAME-BLOCK-DTYPE[-ARCH]]"
+        "--batch",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Number of clips that are generated together.",
+    ),
+    click.option(
+        "--timing-only",
+        is_flag=True,
+        help="Accept a checkpoint that was trained for another block; its output is not meaningful.",
+    ),
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: ./NAME-BLOCK-DTYPE[-ARCH]]"
     ),
 )
 
 
 def _model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What is exported, and where to: the same for every kind of export."""
+    """Add the options that every kind of export has: the model, the arithmetic and the output folder."""
     for option in reversed(MODEL_OPTIONS):
         command = option(command)
     return command
@@ -126,9 +138,10 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
 @main.command()
 @_model_options
 def onnx(**options: Any) -> None:
-    """Export encode, prefill, step and decode as ONNX, opset 24, checked against the reference on this machine.
+    """Export a bundle of ONNX graphs (opset 24), and check each graph against the PyTorch reference on this machine.
 
-    A checkpoint without a tokenizer gives prefill and step alone; --tokenizer FILE adds the rest.
+    The graphs are encode, prefill, step and decode. A checkpoint without a tokenizer gives only prefill and step;
+    --tokenizer FILE adds the others.
     """
     _export(**options)
 
@@ -140,30 +153,43 @@ def onnx(**options: Any) -> None:
     type=click.Choice(["auto", "tensorrt", "rtx"]),
     default="auto",
     show_default=True,
-    help="TensorRT 11 builds on the target GPU; TensorRT-RTX anywhere. auto: the first where it and the GPU are there.",
+    help="tensorrt: TensorRT 11, which builds on the target GPU. rtx: TensorRT-RTX, which needs no GPU. "
+    "auto: TensorRT 11 if it is installed and the machine has the target GPU, else TensorRT-RTX.",
 )
-@click.option("--arch", help="GPU architecture: sm80 (A100), sm86, sm89 or sm120.  [default: sm80; TensorRT 11: yours]")
+@click.option(
+    "--arch",
+    help="GPU architecture: sm80 (A100), sm86, sm89 or sm120.  [default: sm80; with TensorRT 11, this machine's GPU]",
+)
 @click.option(
     "--hardware-compat",
     "compatibility",
     type=click.Choice(["none", "ampere+", "same-cc"]),
     default="none",
     show_default=True,
-    help="Other GPUs that TensorRT 11's engines must run on, at some cost in speed.",
+    help="Other GPUs that the engines of TensorRT 11 must also run on, which may make them slower.",
 )
 @click.option(
     "--attention",
     type=click.Choice(["fused", "decomposed"]),
-    help="One kernel, or else no engine; or several.  [default: fused; decomposed in fp32, which has no such kernel]",
+    help="fused: one kernel, or the build fails. decomposed: TensorRT may use several kernels.  "
+    "[default: fused; in fp32, for which there is no fused kernel, decomposed]",
 )
-@click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="GPU memory that a kernel may use for itself.")
-@click.option("--level", type=click.IntRange(0, 5), help="How long TensorRT 11 searches for kernels.")
+@click.option(
+    "--workspace", type=click.IntRange(1), metavar="MIB", help="GPU memory that a kernel may use as workspace."
+)
+@click.option(
+    "--level",
+    type=click.IntRange(0, 5),
+    help="Optimisation level of TensorRT 11: a higher level searches longer for fast kernels.",
+)
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of what TensorRT 11 measured in earlier builds.  [default: ~/.cache/nbp-export]",
+    help="Folder in which TensorRT 11 keeps its timing caches between builds.  [default: ~/.cache/nbp-export]",
 )
-@click.option("--check", is_flag=True, help="Only parse: list every node that does not map. Builds and leaves nothing.")
+@click.option(
+    "--check", is_flag=True, help="Only parse the graphs and list unsupported nodes; build and write nothing."
+)
 def trt(
     builder: str,
     arch: str | None,
@@ -175,14 +201,14 @@ def trt(
     check: bool,
     **options: Any,
 ) -> None:
-    """Build TensorRT engines beside the ONNX graphs that they are built from; with TensorRT-RTX no GPU is needed.
+    """Export a bundle of ONNX graphs, and build TensorRT engines from them. TensorRT-RTX needs no GPU for this.
 
-    The graphs are checked against the reference on this machine, prefill and steps being one graph; the network that
-    TensorRT makes of them is checked for ignored inputs, copied caches and attention without its mask.
+    Each graph is checked against the PyTorch reference on this machine; prefill and step are one graph. The networks
+    that TensorRT parses from the graphs are checked for ignored inputs, copied caches and attention without a mask.
     """
     from nbp_export.trt_library import Options
 
-    how = Options(
+    options_of_build = Options(
         builder=builder,
         arch=arch,
         compatibility=compatibility,
@@ -191,7 +217,7 @@ def trt(
         level=level,
         timing_cache=timing_cache,
     )
-    _export(engines=how, check=check, **options)
+    _export(engines=options_of_build, check=check, **options)
 
 
 def _export(
@@ -211,35 +237,37 @@ def _export(
     from nbp_export._extras import need
 
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
-    from nbp_export.inspect import counted
-    from nbp_export.onnx_bundle import export, refuse_out, rehearse
+    from nbp_export.inspect import layer_counts
+    from nbp_export.onnx_bundle import export, parse_only, refuse_out
     from nbp_export.request import Request
     from nbp_export.sources import find
 
-    # Before anything that takes time.
+    # Fail before anything that takes time.
     try:
-        gettempdir()  # torch's exporter needs one
+        gettempdir()  # torch's exporter needs a temporary folder
     except FileNotFoundError as error:
         raise NbpError(f"{error.strerror}: free space there, or set TMPDIR to another folder") from error
     if out and not check:
         refuse_out(out)
-    library, settled, why = engines.settle() if engines else (None, None, "")
+    library, resolved, reason = engines.resolve() if engines else (None, None, "")
     with _stages() as (say, report):
         report("load")
         source = find(Request(model, checkpoint, tokenizer, weights, block, timing_only, ema=ema))
         say(source.note)
-        if library and settled:
+        if library and resolved:
             version = library.load().__version__
-            say(f"builder: {library.title} {version} for {settled.arch} ({why})")
+            say(f"builder: {library.title} {version} for {resolved.arch} ({reason})")
         if engines and check:
-            for file, layers in rehearse(source, engines, dtype, batch, report).items():
-                say(f"{file}: every node maps, {layers.total()} layers: {counted(layers)}")
-            say("parsed, not built and not compared with the reference: without --check it is")
+            for file, layers in parse_only(source, engines, dtype, batch, report).items():
+                say(f"{file}: every node is supported; {layers.total()} layers: {layer_counts(layers)}")
+            say(
+                "The graphs were only parsed. To build engines and compare the graphs with the reference, omit --check."
+            )
             return
         name = f"{_folder_name(source.name)}-{source.generator.config.block}-{dtype}"
-        folder = out or Path(f"{name}-{settled.arch}" if settled else name)
+        folder = out or Path(f"{name}-{resolved.arch}" if resolved else name)
         if source.tokenizer is None:
-            say("no tokenizer in the checkpoint: generator graphs alone; --tokenizer FILE adds encode and decode")
+            say("The checkpoint has no tokenizer, so encode and decode are not exported: --tokenizer FILE adds them.")
         bundle = export(source, folder, dtype, batch, report, engines=engines)
         say(_outcome(bundle))
         for line in (*_engine_lines(bundle), *_status_lines(bundle)):
@@ -251,20 +279,20 @@ def _export(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--runtime", type=RuntimeName(), default=DEFAULT.name, show_default=True, help=runtime_help())
 def verify(bundle: Path, runtime: str) -> None:
-    """Prove a bundle again: hashes, schema, lint, and parity with the reference on the weights that it holds.
+    """Check a bundle: hashes, schema, lint rules, and agreement with the PyTorch reference on the bundle's weights.
 
-    Needs no checkpoint. Writes a new receipt; a bundle that fails is left without one.
+    No checkpoint is needed. The command writes a new receipt, or removes the receipt of a bundle that fails.
     """
     from nbp_export._extras import need
 
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
-    from nbp_export.proof import prove_again
+    from nbp_export import proof
 
     with _stages() as (say, report):
-        proven = prove_again(bundle, report, runtime)
-        say(_outcome(proven))
-        if not RUNTIMES[runtime].runs_engines:  # else the engines have just run
-            for line in (*_engine_lines(proven), *_status_lines(proven)):
+        verified = proof.verify(bundle, report, runtime)
+        say(_outcome(verified))
+        if not RUNTIMES[runtime].runs_engines:  # otherwise the engines have just been executed
+            for line in (*_engine_lines(verified), *_status_lines(verified)):
                 say(line)
     _echo_path(bundle)
 
@@ -272,19 +300,19 @@ def verify(bundle: Path, runtime: str) -> None:
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--measure", "measured", is_flag=True, help="Open it in a fresh process and tell the memory that it took."
+    "--measure", "with_memory", is_flag=True, help="Also open the bundle in a new process and measure its memory."
 )
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
-def inspect(bundle: Path, measured: bool, as_json: bool) -> None:
-    """Tell what a bundle holds, what memory it needs, and what its receipt proves. Needs no torch."""
+@click.option("--json", "as_json", is_flag=True, help="Print the same values as JSON.")
+def inspect(bundle: Path, with_memory: bool, as_json: bool) -> None:
+    """Print the contents of a bundle, the memory that it needs, and its receipt. PyTorch is not needed."""
     from nbp_export._extras import need
-    from nbp_export.inspect import describe, look, measure, render
+    from nbp_export.inspect import describe, measure, open_unproven, render
 
-    told = describe(look(bundle))
-    if measured:
-        told["memory"] |= measure(bundle)
+    summary = describe(open_unproven(bundle))
+    if with_memory:
+        summary["memory"] |= measure(bundle)
     if as_json:
-        click.echo(json.dumps(told, indent=1))
+        click.echo(json.dumps(summary, indent=1))
         return
     need("export", "rich")
     from rich.console import Console
@@ -292,16 +320,16 @@ def inspect(bundle: Path, measured: bool, as_json: bool) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 120
-    console.print(render(told))
+    console.print(render(summary))
 
 
 @contextmanager
 def _stages() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
-    """How to say a line that stays, and how to report what begins."""
+    """Yield two functions: one prints a line to standard error, the other shows the stage that begins."""
     from rich.console import Console
     from rich.text import Text
 
-    # Names may hold what looks like markup or an emoji's code.
+    # Names of models and files may look like markup or like the code of an emoji.
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     with console.status("") as status:
 
@@ -314,23 +342,24 @@ def _stages() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
 
 
 def _engine_lines(bundle: "Bundle") -> Iterator[str]:
-    """What was checked of a bundle's engines, and what was not."""
-    from nbp_export.trt import builds
+    """Return lines that say what was checked about the TensorRT engines of a bundle, and what was not."""
+    from nbp_export.trt import read_builds
 
     if not bundle.manifest.engines:
         return
-    yield "engines, built from the very graphs that were checked:"
-    for engine, build in zip(bundle.manifest.engines, builds(bundle), strict=True):
-        uses = ", ".join(f"{graph} of {n} tokens" for graph, n in zip(engine.graphs, build.tokens, strict=False))
+    yield "TensorRT engines, built from the ONNX files that were checked:"
+    for engine, build in zip(bundle.manifest.engines, read_builds(bundle), strict=True):
+        profiles = ", ".join(f"{graph} of {n} tokens" for graph, n in zip(engine.graphs, build.tokens, strict=False))
         caches, attentions = (build.layers.get(name, 0) for name in ("KV_CACHE_UPDATE", "ATTENTION_INPUT"))
-        seen = f"{caches} caches updated in place, {attentions} attentions masked and {build.attention}, "
-        yield f"  {engine.file}: {uses}{'; ' + seen if uses else ''}no input ignored (seen in {build.seen_in})"
-    verify = command_line("nbp-export", "verify", bundle.path, "--runtime", bundle.manifest.runtime)
-    yield f"not verified: the engines themselves, which only a GPU executes; `{verify}` verifies them there"
+        checks = f"; {caches} caches updated in place, {attentions} attentions with a mask ({build.attention})"
+        details = f"{profiles}{checks}, " if profiles else ""
+        yield f"  {engine.file}: {details}no input ignored (checked in {build.seen_in})"
+    command = command_line("nbp-export", "verify", bundle.path, "--runtime", bundle.manifest.runtime)
+    yield f"The engines were not executed, because that needs a GPU: `{command}` verifies them on one."
 
 
 def _status_lines(bundle: "Bundle") -> list[str]:
-    """What was executed so far of a bundle's kind, unless the default runtime executes it as it is."""
+    """Return what was executed so far of this kind of bundle; empty if the default runtime executes it."""
     from nbp_export.inspect import status_of
 
     manifest = bundle.manifest
@@ -340,21 +369,22 @@ def _status_lines(bundle: "Bundle") -> list[str]:
 
 
 def _folder_name(model: str) -> str:
-    """The name of a model as the beginning of a folder's: no longer than fits, and fit to be typed."""
+    """Return a model's name as the start of a folder's name: short, without spaces and without a leading dash."""
     name = re.sub(r"[\\/\s]", "_", model).lstrip("-").encode()[:150].decode("utf-8", "ignore")
     return name or "model"
 
 
 def _echo_path(path: Path) -> None:
-    """Print a path alone: as it is into a pipe, and on a terminal without what that would obey."""
+    """Print a path on a line of its own: unchanged into a pipe, and with control characters escaped on a terminal."""
     click.echo(printable(path) if sys.stdout.isatty() else os.fsencode(path))
 
 
 def _outcome(bundle: "Bundle") -> str:
     receipt = bundle.receipt()
-    assert receipt is not None  # it was written a moment ago, by the same process
+    assert receipt is not None  # this process has just written it
     worst = receipt["worst"]
     return (
-        f"{len(receipt['checks'])} checks against the reference passed, {receipt['executed']}; worst: {worst['graph']} "
-        f"at {worst['at']}, {worst['worst']:.2g} of the largest value (allowed {worst['tolerance']:g})"
+        f"{len(receipt['checks'])} checks against the reference passed, {receipt['executed']}; "
+        f"largest error: {worst['graph']} at {worst['at']}, {worst['worst']:.2g} of the largest value "
+        f"(allowed {worst['tolerance']:g})"
     )

@@ -124,7 +124,7 @@ def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> "ir.
     assert program is not None
     model, graph = program.model, program.model.graph
     graph.name = spec.name
-    _anonymise(model)
+    _clear_metadata(model)
     if free_tokens:
         # Torch has fixed the sizes behind the last block's rows, which are fewer for fewer tokens.
         for value in (v for node in graph for v in node.outputs if v not in graph.outputs):
@@ -142,8 +142,9 @@ def _tensor_scatter(cache: Any, update: Any, cache_pos: Any) -> Any:
     return Opset("", OPSET).TensorScatter(cache, update, cache_pos, axis=2, mode="linear")
 
 
-def _anonymise(model: "ir.Model") -> None:
-    """Drop the exporter's notes: stack traces with the paths of this machine."""
+def _clear_metadata(model: "ir.Model") -> None:
+    """Remove the exporter's metadata, which includes stack traces with the paths of this machine."""
+    # onnx_ir's ClearMetadataAndDocStringPass would leave the metadata of the model and of all values.
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face Hub, where that is what a `--checkpoint` or `--tokenizer` names."""
+"""Resolves the values of `--checkpoint` and `--tokenizer`: local files, or files on the Hugging Face Hub."""
 
 import errno
 import logging
@@ -13,8 +13,8 @@ from nbp_export._extras import need
 
 _SUFFIXES = (".ckpt", ".pt", ".safetensors")
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.-]+))?(?:/(.+))?")
-# What a file system answers; everything else that has a number came over the network.
-_NOT_STORED = {
+# Errors of a file system. An OSError with any other number came from the network.
+_STORAGE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -30,42 +30,48 @@ _NOT_STORED = {
 
 
 def fetch(path: Path) -> Path:
-    """The file that is meant: a path that exists, else `ORG/REPO[@REVISION][/FILE]` on the Hub, downloaded or cached.
+    """Return an existing path as it is; download any other one, or find it in the cache, as a file on the Hub.
 
-    FILE may be left out where the repository holds one checkpoint. Raises NbpError, in one line, where there is no such
-    file here and it is no Hub id, the Hub has no such repository or file, refuses it or breaks off, it cannot be
-    reached, or the cache cannot hold the file.
+    An id on the Hub has the form `ORG/REPO[@REVISION][/FILE]`. FILE may be left out if the repository holds exactly one
+    checkpoint.
+
+    Raises NbpError if the path neither exists nor has this form, if the Hub has no such repository or file, denies
+    access, fails or cannot be reached, or if the cache cannot store the file.
     """
     text = path.as_posix()
     try:
         if path.exists():
             return path
     except OSError:
-        return path  # reading it fails as well, and then says why
-    asked = _ID.fullmatch(text)
-    if not asked or (text.endswith(_SUFFIXES) and not asked[2] and not asked[3]):
-        raise NbpError(f"{text}: no such file, and no Hub id: those are ORG/REPO or ORG/REPO/FILE")
+        return path  # reading it will fail too, with a message that says why
+    hub_id = _ID.fullmatch(text)
+    if not hub_id or (text.endswith(_SUFFIXES) and not hub_id[2] and not hub_id[3]):
+        raise NbpError(f"{text} is neither a file nor a Hub id: check the path, or give ORG/REPO or ORG/REPO/FILE")
     need("hub", "huggingface_hub")
     from huggingface_hub import try_to_load_from_cache
 
-    repo, revision, file = asked.groups()
+    repo, revision, file = hub_id.groups()
     try:
-        files = _files(repo, revision)
+        files = _list_files(repo, revision)
     except ConnectionError as error:
         cached = file and try_to_load_from_cache(repo, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
-        hint = "it is not in the cache either" if file else "a cached file is found as ORG/REPO/FILE"
-        raise NbpError(f"{text}: no such file here, and {error}; {hint}") from error
-    fitting = [file] if file in files else [] if file else [each for each in files if each.endswith(_SUFFIXES)]
-    if len(fitting) != 1:
-        there = ", ".join(f"{repo}/{each}" for each in files if each.endswith(_SUFFIXES)) or "no checkpoint"
-        raise NbpError(f"{text}: which file? On the Hub there is: {there}")
-    return _downloaded(repo, revision, fitting[0])
+        hint = "the cache does not hold the file either" if file else "to use a cached file, give ORG/REPO/FILE"
+        raise NbpError(f"{text} is not a local file, and {error}; {hint}") from error
+    checkpoints = [name for name in files if name.endswith(_SUFFIXES)]
+    matches = [name for name in files if name == file] if file else checkpoints
+    if len(matches) != 1:
+        choices = ", ".join(f"{repo}/{name}" for name in checkpoints) or "another repository, for it has no checkpoint"
+        raise NbpError(f"{text} does not name one checkpoint on the Hub: choose {choices}")
+    return _download(repo, revision, matches[0])
 
 
-def _files(repo: str, revision: str | None) -> list[str]:
-    """What a repository holds; raises NbpError where there is none, ConnectionError where nobody answers."""
+def _list_files(repo: str, revision: str | None) -> list[str]:
+    """Return the names of a repository's files.
+
+    Raises NbpError if there is no such repository or access is denied, ConnectionError if the request fails otherwise.
+    """
     from huggingface_hub import model_info
     from huggingface_hub.errors import (
         DisabledRepoError,
@@ -76,76 +82,77 @@ def _files(repo: str, revision: str | None) -> list[str]:
     )
 
     try:
-        # One request and no retries, unlike a download's half a minute of them.
+        # This is one request without retries. A download would retry for half a minute.
         return [file.rfilename for file in model_info(repo, revision=revision, timeout=10).siblings or ()]
     except (DisabledRepoError, GatedRepoError) as error:
-        raise NbpError(f"{repo}: {_told(error, repo)}") from error
+        raise NbpError(f"{repo}: {_reason(error, repo)}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise NbpError(
-            f"{repo}: no such file here, and no model on the Hub that you may read; for a private one: hf auth login"
+            f"{repo} is neither a local file nor a model on the Hub that you can read: "
+            "for a private model, run `hf auth login` first"
         ) from error
     except RevisionNotFoundError as error:
-        raise NbpError(f"{repo} on the Hub has no revision {revision}") from error
-    except Exception as error:  # of the transport, which differs between versions of the library
+        raise NbpError(f"{repo} on the Hub has no revision {revision}: choose another, or leave it out") from error
+    except Exception as error:  # a network error, whose class depends on the version of the library
         status = _status(error)
-        why = f"the Hub answers {status}" if status else f"the Hub cannot be reached ({_first_line(error)})"
+        why = f"the Hub answered {status}" if status else f"the Hub cannot be reached ({_first_line(error)})"
         raise ConnectionError(why) from error
 
 
-def _downloaded(repo: str, revision: str | None, file: str) -> Path:
-    """A file that the Hub lists, in the cache; raises NbpError, in one line, for whatever keeps it from there."""
+def _download(repo: str, revision: str | None, file: str) -> Path:
+    """Download a listed file into the cache unless it is there, and return its path; raises NbpError if this fails."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        with _silence():
+        with _silent_library():
             return Path(hf_hub_download(repo, file, revision=revision))
-    except LocalEntryNotFoundError as error:  # no more than that it is not cached: the cause is why it has to be
+    except LocalEntryNotFoundError as error:  # says only that the file is not cached; its cause is the real error
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        raise NbpError(f"{repo}/{file}: {_told(cause, repo)}") from error
-    except Exception as error:  # of the transport and the file system, whichever they are
-        raise NbpError(f"{repo}/{file}: {_told(error, repo)}") from error
+        raise NbpError(f"{repo}/{file}: {_reason(cause, repo)}") from error
+    except Exception as error:  # any error of the network or the file system
+        raise NbpError(f"{repo}/{file}: {_reason(error, repo)}") from error
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """The library retries and warns in lines of its own; what comes of it is told in one."""
+def _silent_library() -> Iterator[None]:
+    """Suppress the library's own messages about retries: a failure is reported once, in one line."""
     log = logging.getLogger("huggingface_hub")
-    before = log.level
+    level = log.level
     log.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        log.setLevel(before)
+        log.setLevel(level)
 
 
-def _told(error: Exception, repo: str) -> str:
-    """What went wrong with a repository's file, and the cure."""
+def _reason(error: Exception, repo: str) -> str:
+    """Return why a file of a repository cannot be had, and what to do about it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import DisabledRepoError, EntryNotFoundError, GatedRepoError
 
     if isinstance(error, GatedRepoError):
-        return f"access is restricted: ask for it on {constants.ENDPOINT}/{repo}, then log in with `hf auth login`"
+        return f"access is restricted: request access on {constants.ENDPOINT}/{repo}, then run `hf auth login`"
     if isinstance(error, DisabledRepoError):
         return "the Hub has disabled this repository: ask its owner for the file"
-    if isinstance(error, OSError) and error.errno in _NOT_STORED:
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
         return (
-            f"the cache {constants.HF_HUB_CACHE} cannot hold it ({error.strerror}): free space there, "
+            f"the cache {constants.HF_HUB_CACHE} cannot store the file ({error.strerror}): free space there, "
             "or set HF_HUB_CACHE to another folder"
         )
     if isinstance(error, EntryNotFoundError):
-        return "the Hub lists this file and does not have it: try another revision, ORG/REPO@REVISION/FILE"
+        return "the Hub lists this file but does not have it: try another revision, ORG/REPO@REVISION/FILE"
     status = _status(error)
     if status in (401, 403):
-        return f"the Hub refuses it ({_first_line(error)}): log in with `hf auth login`"
+        return f"the Hub denies access ({_first_line(error)}): log in with `hf auth login`"
     if status:
-        return f"the Hub answers {status} in place of it: try again later"
-    return f"the download broke off ({_first_line(error)}): give the same command again"
+        return f"the Hub answered {status} instead of sending the file: try again later"
+    return f"the download was interrupted ({_first_line(error)}): run the same command again"
 
 
 def _status(error: Exception) -> int | None:
-    """The status of the answer that an error is about, if there was an answer."""
+    """Return the HTTP status of the response behind an error, or None if there was no response."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 

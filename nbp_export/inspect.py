@@ -1,4 +1,4 @@
-"""What a bundle holds, needs and proves, told from its manifest and receipt: no torch, no onnx."""
+"""Describes a bundle's contents, memory and receipt from its files. Neither torch nor onnx is imported."""
 
 import re
 import warnings
@@ -18,7 +18,7 @@ from nbp_engines.registry import DEFAULT, RUNTIMES, open_session
 from nbp_engines.shell import command_line
 from nbp_engines.spec import TensorSpec
 from nbp_engines.status import sentences
-from nbp_export.trt import builds
+from nbp_export.trt import read_builds
 from nbp_export.trt_library import LIBRARIES
 
 if TYPE_CHECKING:
@@ -26,34 +26,34 @@ if TYPE_CHECKING:
 
 PROCESS = Path("/proc/self/status")
 MEMORY = {
-    "states": "a session's states, the KV caches",
-    "inputs": "its graphs' other inputs",
-    "outputs": "their other outputs",
-    "buffers": "all of these",
-    "weights_on_disk": "weights on disk; what the runtime makes of them is not counted",
-    "before": "measured: a process with the libraries alone",
-    "peak": "measured: its peak while it opened the bundle",
-    "opened": "measured: with the session open",
+    "states": "KV caches of a session",
+    "inputs": "other inputs of its graphs",
+    "outputs": "other outputs of its graphs",
+    "buffers": "sum of the above",
+    "weights_on_disk": "weights on disk (a runtime's own copies are not included)",
+    "before": "measured: process before it opens the bundle",
+    "peak": "measured: peak while it opens the bundle",
+    "opened": "measured: process with an open session",
 }
-NUMBERS = ("bytes", "weights", "activations", "warnings")
-GPU_BYTES = "Bytes on the GPU are what the builder reported."
-LOGS = "Each layer stands in .layers.json beside its engine, all that the builder said in .log."
+NUMERIC_COLUMNS = ("bytes", "weights", "activations", "warnings")
+GPU_BYTES = "Weights and activations are bytes on the GPU, as the builder reported them."
+LOGS = "Each engine has a list of its layers (.layers.json) and the log of its build (.log) beside it."
 
 
-def look(path: Path) -> Bundle:
-    """Open a bundle, whatever its receipt is. Raises BundleError if it is not an intact one."""
+def open_unproven(path: Path) -> Bundle:
+    """Open a bundle without a warning if its receipt is missing or void. Raises BundleError if it is not intact."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ReceiptWarning)
         return Bundle.open(path)
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """All that `render` shows, as plain values; sizes in bytes."""
+    """Return all that `render` shows as a dictionary that JSON can hold; sizes are in bytes."""
     manifest, spec, receipt = bundle.manifest, bundle.manifest.spec, bundle.receipt()
     sizes = {file.path: file.size for file in manifest.files}
     graphs, buffers = manifest.graph_specs(), manifest.buffers()
-    weights = {name: _weights(bundle, name) for name in graphs}
-    without = "void" if (bundle.path / RECEIPT).exists() else "missing"
+    weights = {name: _weight_files(bundle, name) for name in graphs}
+    invalid = "void" if (bundle.path / RECEIPT).exists() else "missing"
     return {
         "bundle": str(bundle.path),
         "model": manifest.model["name"],
@@ -68,13 +68,13 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             {
                 "name": name,
                 "file": manifest.graphs[name],
-                "inputs": list(condensed(graph.inputs)),
-                "outputs": list(condensed(graph.outputs)),
+                "inputs": list(tensor_lines(graph.inputs)),
+                "outputs": list(tensor_lines(graph.outputs)),
             }
             for name, graph in graphs.items()
         ],
         "engines": [
-            asdict(engine) | asdict(build) for engine, build in zip(manifest.engines, builds(bundle), strict=True)
+            asdict(engine) | asdict(build) for engine, build in zip(manifest.engines, read_builds(bundle), strict=True)
         ],
         "files": [
             {"path": path, "size": size, "graphs": [g for g in graphs if path in {manifest.graphs[g], *weights[g]}]}
@@ -85,37 +85,41 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "receipt": {"state": "valid", "checks": len(receipt["checks"])}
         | {key: receipt[key] for key in ("executed", "worst", "versions")}
         if receipt
-        else {"state": without},
+        else {"state": invalid},
     }
 
 
 def status_of(runtime: str, dtype: str, libraries: Iterable[str]) -> list[str]:
-    """What was built and executed so far of a kind of bundle, in sentences.
+    """Return sentences that say what was built and executed so far of a kind of bundle.
 
     Args:
-        runtime: the name of the runtime that the bundle is made for.
+        runtime: the name of the bundle's runtime.
         dtype: the dtype of the bundle.
-        libraries: the Python modules that built its engines.
+        libraries: the Python modules that built its TensorRT engines.
     """
     keys = [*RUNTIMES[runtime].status] if runtime in RUNTIMES else []
     keys += [library.status for library in LIBRARIES.values() if library.module in libraries]
     return sentences([*keys, "bf16"] if dtype == "bf16" else keys)
 
 
-def condensed(tensors: Iterable[TensorSpec]) -> Iterator[str]:
-    """Names, dtypes and shapes; those that differ in a number alone together: `k_cache_0…4 fp16 [1, 4, 1264, 32]`."""
-    alike: dict[tuple[str, str, str], list[str]] = {}
+def tensor_lines(tensors: Iterable[TensorSpec]) -> Iterator[str]:
+    """Yield names, dtypes and shapes as text.
+
+    Tensors that differ only in the number in their names share a line: `k_cache_0…4 fp16 [1, 4, 1264, 32]`.
+    """
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for tensor in tensors:
         name, number, rest = re.split(r"(\d+|$)", tensor.name, maxsplit=1)
-        alike.setdefault((name, rest, f"{tensor.dtype} {list(tensor.shape)}"), []).append(number)
-    for (name, rest, what), numbers in alike.items():
-        yield f"{name}{'…'.join(dict.fromkeys([numbers[0], numbers[-1]]))}{rest} {what}"
+        groups.setdefault((name, rest, f"{tensor.dtype} {list(tensor.shape)}"), []).append(number)
+    for (name, rest, kind), numbers in groups.items():
+        yield f"{name}{'…'.join(dict.fromkeys([numbers[0], numbers[-1]]))}{rest} {kind}"
 
 
-def _weights(bundle: Bundle, graph: str) -> set[str]:
-    """The files that a graph names as the location of its weights."""
+def _weight_files(bundle: Bundle, graph: str) -> set[str]:
+    """Return the names of the files that a graph refers to for its weights."""
     content = bundle.graph_file(graph).read_bytes()
-    # As a protobuf has the entry: key 1, length and text, value 2 likewise. Names have at most 100 characters.
+    # This is the protobuf encoding of the entry: field 1 (the key), its length and text, then field 2 (the value)
+    # likewise. A length fits in one byte because names have at most 100 characters.
     return {
         file.path
         for file in bundle.manifest.files
@@ -123,18 +127,18 @@ def _weights(bundle: Bundle, graph: str) -> set[str]:
     }
 
 
-def render(told: Mapping[str, Any]) -> "RenderableType":
-    """What `describe` tells, for a terminal."""
+def render(summary: Mapping[str, Any]) -> "RenderableType":
+    """Return tables for a terminal that show the result of `describe`."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     def table(*columns: str) -> Table:
-        made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in columns:
-            made.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")
-        return made
+            result.add_column(column, justify="right" if column in NUMERIC_COLUMNS else "left", overflow="fold")
+        return result
 
     graphs, files, memory = (
         table("graph", "file", "inputs", "outputs"),
@@ -142,84 +146,85 @@ def render(told: Mapping[str, Any]) -> "RenderableType":
         table("memory", "bytes"),
     )
     engines, layers = (
-        table("engine", "graphs (tokens)", "for", "library", "attention", "weights", "activations", "checked in"),
-        table("engine", "layers of its network", "warnings"),
+        table("engine", "graphs (tokens)", "GPU", "library", "attention", "weights", "activations", "checked in"),
+        table("engine", "layers of the network", "warnings"),
     )
-    for engine in told["engines"]:
-        uses = zip_longest(engine["graphs"], engine["tokens"])
-        reach = "" if engine["compatibility"] == "none" else f", {engine['compatibility']}"
+    for engine in summary["engines"]:
+        profiles = zip_longest(engine["graphs"], engine["tokens"])
+        compatibility = "" if engine["compatibility"] == "none" else f", {engine['compatibility']}"
         engines.add_row(
             engine["file"],
-            "\n".join(graph if tokens is None else f"{graph} ({tokens})" for graph, tokens in uses),
-            engine["arch"] + reach,
+            "\n".join(graph if tokens is None else f"{graph} ({tokens})" for graph, tokens in profiles),
+            engine["arch"] + compatibility,
             f"{engine['library']} {engine['version']}",
             engine["attention"],
-            "not told" if engine["weights"] is None else f"{engine['weights']:,}",
-            "\n".join(f"{size:,}" for size in engine["activations"]) or "not told",
+            "not reported" if engine["weights"] is None else f"{engine['weights']:,}",
+            "\n".join(f"{size:,}" for size in engine["activations"]) or "not reported",
             engine["seen_in"],
         )
-        layers.add_row(engine["file"], counted(engine["layers"]), str(engine["warnings"]))
-    for graph in told["graphs"]:
+        layers.add_row(engine["file"], layer_counts(engine["layers"]), str(engine["warnings"]))
+    for graph in summary["graphs"]:
         graphs.add_row(graph["name"], graph["file"], "\n".join(graph["inputs"]), "\n".join(graph["outputs"]))
-    for file in told["files"]:
+    for file in summary["files"]:
         files.add_row(file["path"], f"{file['size']:,}", ", ".join(file["graphs"]))
-    for key, what in MEMORY.items():
-        if key in told["memory"]:
-            memory.add_row(what, f"{told['memory'][key]:,}")
-    receipt = told["receipt"]
+    for key, label in MEMORY.items():
+        if key in summary["memory"]:
+            memory.add_row(label, f"{summary['memory'][key]:,}")
+    receipt = summary["receipt"]
     if receipt["state"] == "valid":
         worst, tools = receipt["worst"], receipt["versions"].items()
         proof = Text(
-            f"receipt valid: {receipt['checks']} checks, {receipt['executed']}; worst: {worst['graph']} at "
+            f"receipt valid: {receipt['checks']} checks, {receipt['executed']}; largest error: {worst['graph']} at "
             f"{worst['at']}, {worst['worst']:.2g} of the largest value (allowed {worst['tolerance']:g}); "
             f"{', '.join(f'{tool} {version}' for tool, version in tools)}",
             "green",
         )
     else:
-        again = command_line("nbp-export", "verify", Path(told["bundle"]))
-        proof = Text(f"receipt {receipt['state']}: `{again}` proves it again", "red")
-    kind = "trained" if told["trained"] else "not trained: for timing only"
+        command = command_line("nbp-export", "verify", Path(summary["bundle"]))
+        proof = Text(f"receipt {receipt['state']}: run `{command}` to check the bundle", "red")
+    kind = "trained" if summary["trained"] else "not trained, for timing only"
     return Group(
-        f"{told['model']}, {kind}: block {told['block']}, batch {told['batch']}, {told['dtype']}, {told['runtime']}",
-        told["note"],
-        *told["status"],
+        f"{summary['model']}, {kind}: block {summary['block']}, batch {summary['batch']}, {summary['dtype']}, "
+        f"{summary['runtime']}",
+        summary["note"],
+        *summary["status"],
         graphs,
-        *((engines, GPU_BYTES, layers, LOGS) if told["engines"] else ()),
+        *((engines, GPU_BYTES, layers, LOGS) if summary["engines"] else ()),
         files,
         memory,
         proof,
     )
 
 
-def counted(layers: Mapping[str, int]) -> str:
-    """Layers by type, the most frequent first."""
+def layer_counts(layers: Mapping[str, int]) -> str:
+    """Return the numbers of layers by type as text, the most frequent type first."""
     return ", ".join(f"{layers[name]} {name.lower()}" for name in sorted(layers, key=lambda n: -layers[n]))
 
 
 def measure(path: Path) -> dict[str, int]:
-    """Resident bytes of a fresh process before it opens the bundle, at its peak, and once its session is open.
+    """Return the resident bytes of a new process that opens a bundle: `before` that, at its `peak`, and once `opened`.
 
-    Raises EngineError if the process dies, or where the system does not tell.
+    Raises EngineError if the process dies, or if the system has no such information.
     """
     if not PROCESS.exists():
-        raise EngineError(f"memory is measured by {PROCESS}, which this system does not have: leave out --measure")
+        raise EngineError(f"memory cannot be measured, because this system has no {PROCESS}: leave out --measure")
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
-            return pool.submit(_opened, path).result()
+            return pool.submit(_measure_here, path).result()
         except BrokenProcessPool as error:
-            raise EngineError(f"opening {path} killed the process that did it (out of memory?)") from error
+            raise EngineError(f"the process that opened {path} died: it may have run out of memory") from error
 
 
-def _opened(path: Path) -> dict[str, int]:
-    bundle = look(path)
-    with suppress(ModuleNotFoundError):  # which the session says better
+def _measure_here(path: Path) -> dict[str, int]:
+    bundle = open_unproven(path)
+    with suppress(ModuleNotFoundError):  # the session reports this with a better message
         import onnxruntime  # noqa: F401
-    before = _resident("VmRSS")
+    before = _resident_bytes("VmRSS")
     with open_session(bundle, runtime=DEFAULT.name):
-        opened = _resident("VmRSS")
-        # The kernel writes the peak down late.
-        return {"before": before, "peak": max(opened, _resident("VmHWM")), "opened": opened}
+        opened = _resident_bytes("VmRSS")
+        # The kernel updates the peak with a delay, so it may be below the current value.
+        return {"before": before, "peak": max(opened, _resident_bytes("VmHWM")), "opened": opened}
 
 
-def _resident(field: str) -> int:
+def _resident_bytes(field: str) -> int:
     return int(dict(line.split(":", 1) for line in PROCESS.read_text().splitlines())[field].split()[0]) * 1024

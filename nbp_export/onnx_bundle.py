@@ -1,4 +1,7 @@
-"""Exports a model to an ONNX bundle: graphs, shared weights, a recorded trace, the proof, and only then its name."""
+"""Exports a model to a bundle: graphs, shared weights, a recorded trace and the proof.
+
+The bundle gets its name last, so that a folder of this name is always complete.
+"""
 
 import glob
 import hashlib
@@ -35,8 +38,8 @@ from nbp_export.trace import TRACE, record_trace
 from nbp_export.trt_library import Options
 from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
 
-GENERATOR = "generator.onnx"  # prefill and steps in one
-DTYPE = "fp16"  # of an export, unless another is asked for
+GENERATOR = "generator.onnx"  # the one graph for prefill and step
+DTYPE = "fp16"  # the default dtype of an export
 
 
 def export(
@@ -48,22 +51,27 @@ def export(
     one_graph: bool = False,
     engines: Options | None = None,
 ) -> Bundle:
-    """Write the bundle of a model to a folder that does not exist yet, weights rounded to `dtype`.
+    """Write the bundle of a model to a new folder and return it.
 
-    With `one_graph`, prefill and steps are one graph that takes any number of tokens, else a static graph each. With
-    options for `engines`, which take one graph, TensorRT engines are built from the very graphs that are proven.
+    Every graph is checked against the reference before the folder appears. An export that fails or is interrupted
+    leaves nothing there. The source cannot be used afterwards, because its models free their memory.
 
-    The source is used up: its models give their memory back once their graphs are written.
+    Args:
+        source: the model.
+        out: the folder of the bundle, which must not exist.
+        dtype: `fp32`, `fp16` or `bf16`; the weights are rounded to it.
+        batch: the number of clips that are generated together.
+        report: a function that receives the name of each stage as it begins.
+        one_graph: whether prefill and step are one graph for any number of tokens instead of two static graphs.
+        engines: options for TensorRT engines, which are built from the same files that are checked; None builds none.
+            Engines imply `one_graph`.
 
-    Every graph is checked against the reference before the folder appears: an interrupted or failed export leaves
-    nothing there. `report` is told each stage as it begins.
-
-    Raises UsageError if the folder exists or cannot be made or for options that cannot be honoured, NbpError if writing
-    to it fails, LintError, BuildError or ParityError if a graph or an engine would not do what the reference does.
+    Raises UsageError if the folder exists or cannot be created, or for options that are not supported; NbpError if
+    writing fails; LintError, BuildError or ParityError if a graph or an engine differs from the reference.
     """
     refuse_out(out)
     spec = system_spec(source.generator.config, source.tokenizer.config if source.tokenizer else None, dtype, batch)
-    with _appearing(out) as folder, torch.no_grad():
+    with _working_folder(out) as folder, torch.no_grad():
         digest = weights_sha256(source.generator, source.tokenizer)
         graphs = _write_graphs(source, spec, folder, report, one_graph or engines is not None)
         built = trt.build_engines(folder, spec.graphs(), graphs, engines, report) if engines else ()
@@ -71,29 +79,31 @@ def export(
         content = _with_trace(folder, manifest, report).to_bytes()
         bundle = Bundle.of(folder, content)
         write_json(folder / RECEIPT, prove(bundle, report))
-        write_bytes(folder / MANIFEST, content)  # last, so that whatever a killed export leaves is no bundle
-    return replace(bundle, path=out)  # the same files under their name; no need to hash them all again
+        write_bytes(folder / MANIFEST, content)  # last, so that a killed export leaves no valid bundle
+    return replace(bundle, path=out)  # only the folder has changed, so the files are not hashed again
 
 
 def refuse_out(out: Path) -> None:
-    """Raise UsageError, before any work, if no bundle can get this name: it is taken, too long or not UTF-8."""
+    """Raise UsageError if a bundle cannot have this name, because it exists, is too long or is not UTF-8."""
     try:
         str(out).encode()
-        taken = out.exists()
+        exists = out.exists()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{out} is not UTF-8, which the runtimes need: choose another --out") from error
+        raise UsageError(f"{out} is not UTF-8, which the runtimes require: choose another --out") from error
     except OSError as error:
-        raise UsageError(f"{out} cannot be a folder ({error.strerror}): choose another --out") from error
-    if taken:
+        raise UsageError(f"{out} cannot be the name of a folder ({error.strerror}): choose another --out") from error
+    if exists:
         raise UsageError(f"{out} exists: choose another --out, or remove it first")
 
 
-def rehearse(source: Source, options: Options, dtype: str, batch: int, report: Report) -> dict[str, Counter[str]]:
-    """Trace, lint and parse what `export` would build engines from, and leave nothing: graph file → TensorRT's layers.
+def parse_only(source: Source, options: Options, dtype: str, batch: int, report: Report) -> dict[str, Counter[str]]:
+    """Trace, lint and parse the graphs from which `export` would build TensorRT engines; write nothing.
 
-    Raises LintError or BuildError, naming every node that does not map.
+    Returns the number of TensorRT's layers by type, for each graph file. The source cannot be used afterwards.
+
+    Raises LintError, or BuildError with a list of all unsupported nodes.
     """
-    library, _, _ = options.settle()
+    library, _, _ = options.resolve()
     spec = system_spec(source.generator.config, source.tokenizer.config if source.tokenizer else None, dtype, batch)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         graphs = _write_graphs(source, spec, Path(folder), report, one_graph=True)
@@ -107,22 +117,24 @@ def rehearse(source: Source, options: Options, dtype: str, batch: int, report: R
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A working folder beside `out` that takes its name only if all went well, and is gone otherwise.
+def _working_folder(out: Path) -> Iterator[Path]:
+    """Create a working folder beside `out`; rename it to `out` at the end, or remove it after an exception.
 
-    It is locked while in use, so that the next export to the same name can tell what a killed one left, and remove it.
-    Its mode is what the umask makes of it, without a `chmod`, which some file systems refuse.
+    The folder is locked while it is in use. The next export to the same name can therefore recognise and remove folders
+    that killed exports left. The umask alone decides the mode of the folder, because some file systems refuse `chmod`.
+
+    Raises UsageError if the folder cannot be created or `out` exists by the end, NbpError if writing fails.
     """
     name = out.name if len(os.fsencode(out.name)) < 200 else hashlib.sha256(out.name.encode()).hexdigest()
     prefix = f".{name}.partial-"
     with ExitStack() as locks:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(out.parent, wait=True):  # a folder that has just been made is not locked yet
-                for left in out.parent.glob(f"{glob.escape(prefix)}????????"):
-                    with _locked(left) as abandoned:
+            with _locked(out.parent, wait=True):  # nobody may remove a folder between its creation and its lock
+                for leftover in out.parent.glob(f"{glob.escape(prefix)}????????"):
+                    with _locked(leftover) as abandoned:
                         if abandoned:
-                            shutil.rmtree(left, ignore_errors=True)
+                            shutil.rmtree(leftover, ignore_errors=True)
                 folder = out.parent / f"{prefix}{secrets.token_hex(4)}"
                 folder.mkdir()
                 locks.enter_context(_locked(folder))
@@ -133,9 +145,9 @@ def _appearing(out: Path) -> Iterator[Path]:
             _move(folder, out)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            why = error.strerror or error
+            reason = error.strerror or error
             raise NbpError(
-                f"the bundle cannot be written to {out.parent} ({why}): free space there, or choose another --out"
+                f"the bundle cannot be written to {out.parent} ({reason}): free space there, or choose another --out"
             ) from error
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -143,19 +155,21 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def _move(folder: Path, out: Path) -> None:
-    """Give a finished bundle its name; file by file where the file system cannot rename a folder.
+    """Rename a finished bundle; move it file by file if the file system cannot rename a folder.
 
-    Raises UsageError if the name is taken by now.
+    Raises UsageError if the name exists by now.
     """
     try:
         folder.rename(out)
         return
     except OSError as error:
         if os.path.lexists(out):
-            raise UsageError(f"{out} appeared meanwhile ({error.strerror}): choose another --out") from error
+            raise UsageError(
+                f"{out} was created by another program ({error.strerror}): choose another --out"
+            ) from error
     out.mkdir()
     try:
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):  # it makes the folder a bundle
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):  # last, because it makes a bundle
             shutil.move(file, out / file.name, copy_function=shutil.copyfile)
         folder.rmdir()
     except BaseException:
@@ -165,7 +179,11 @@ def _move(folder: Path, out: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder's lock, which ends with this process at the latest; False where it is held or there are none."""
+    """Hold the lock of a folder and yield True; yield False if another process holds it or locks are not supported.
+
+    The operating system releases the lock when this process ends, however it ends.
+    """
+    # filelock's FileLock cannot lock a folder: it would leave a lock file beside every bundle.
     with ExitStack() as closing:
         try:
             import fcntl
@@ -174,15 +192,18 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
             closing.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             locked = True
-        except (ImportError, OSError):  # a system or a file system without locks
+        except (ImportError, OSError):  # the system or the file system has no locks, or another process holds this one
             locked = False
         yield locked
 
 
 def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report, one_graph: bool) -> dict[str, str]:
-    """Graphs, weights and their index; graph name → file. A model's memory is given up once its graphs are written."""
-    known = spec.graphs()
-    # Model → data file → the graphs on it and how the names of their parameters begin.
+    """Write graphs, weights and the index of the weights; return the file of each graph by name.
+
+    Each model frees its memory as soon as its graphs are written.
+    """
+    graph_specs = spec.graphs()
+    # By model and data file: the graphs that use the file, and the prefix of the names of their parameters.
     parts: dict[str, tuple[nn.Module | None, dict[str, tuple[list[str], str]]]] = {
         "generator": (source.generator, {"generator.data": ([*spec.generator_graphs()], "")}),
         "tokenizer": (
@@ -195,19 +216,19 @@ def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report
     for kind, (model, files) in parts.items():
         if model is None:
             continue
-        for file, (names, keys) in files.items():
-            if not known.keys() & set(names):  # a hybrid has nothing to encode
+        for file, (names, prefix) in files.items():
+            if not graph_specs.keys() & set(names):  # a hybrid has no encode graph
                 continue
             with WeightPool(folder / file) as pool:
                 one = one_graph and kind == "generator"
                 for name in ["step"] if one else names:
                     report(f"trace {name}")
-                    graph = trace(graph_module(spec, name, model), known[name], free_tokens=one)
-                    pool.take(graph)
+                    graph = trace(graph_module(spec, name, model), graph_specs[name], free_tokens=one)
+                    pool.externalise(graph)
                     ir.save(graph, folder / (GENERATOR if one else f"{name}.onnx"))
                 written |= {name: GENERATOR if one else f"{name}.onnx" for name in names}
                 state = model.state_dict(prefix=f"{kind}.")
-                index |= pool.index({key: state[key] for key in state if key.startswith(f"{kind}.{keys}")})
+                index |= pool.index({key: state[key] for key in state if key.startswith(f"{kind}.{prefix}")})
         model.to("meta")
         del graph, state
     write_json(folder / INDEX, index)
@@ -215,16 +236,16 @@ def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report
 
 
 def _command(source: Source, spec: SystemSpec, options: Options | None) -> str:
-    """The command line that makes the same bundle again; empty for a model that was made in Python."""
+    """Return the command that creates the same bundle; empty for a model that was created in Python."""
     if not source.options:
         return ""
-    words = ["nbp-export", "trt" if options else "onnx", *source.options, "--block", spec.block_text]
-    words += ["--dtype", spec.dtype, "--batch", str(spec.batch), *(options.words() if options else ())]
-    return command_line(*words)
+    arguments = ["nbp-export", "trt" if options else "onnx", *source.options, "--block", spec.block_text]
+    arguments += ["--dtype", spec.dtype, "--batch", str(spec.batch), *(options.arguments() if options else ())]
+    return command_line(*arguments)
 
 
 def _with_trace(folder: Path, manifest: Manifest, report: Report) -> Manifest:
-    """The manifest with the trace, which the reference makes with the weights of the files that are there already."""
+    """Record the trace with the weights that are in the folder, and return the manifest with the trace's file added."""
     report(f"record {TRACE}")
     path = record_trace(Bundle.of(folder, manifest.to_bytes()))
     return replace(manifest, files=tuple(sorted((*manifest.files, File.of(path)), key=lambda file: file.path)))

@@ -1,4 +1,4 @@
-"""The proof that a bundle is the model: lint and parity of every graph, written down as its receipt."""
+"""The proof of a bundle: lint and parity of every graph, and its trace. The receipt is the result."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from nbp_engines.runtime import Runtime
 from nbp_engines.strict import write_json
 from nbp_errors import NbpError
 from nbp_export import lint, parity
-from nbp_export.inspect import look, status_of
+from nbp_export.inspect import open_unproven, status_of
 from nbp_export.trace import TRACE, check_trace, read_trace
 from nbp_export.weights import read_generator, read_tokenizer
 
@@ -22,17 +22,21 @@ Report = Callable[[str], None]
 
 
 def prove(bundle: Bundle, report: Report = lambda _: None, runtime: Runtime = DEFAULT) -> dict[str, Any]:
-    """Compare every graph, run by a runtime, with the reference on the bundle's own weights; returns the receipt.
+    """Compare every graph with the reference on the bundle's weights, repeat the trace, and return the receipt.
 
-    Then the generation loop has to repeat the bundle's trace. On a CPU one graph and one layer of the reference are in
-    memory at a time. `report` gets each stage as it begins.
+    On a CPU, one graph and one layer of the reference are in memory at a time.
 
-    Raises LintError or ParityError if a graph would not do what the reference does, BundleError if the bundle has no
-    trace, EngineError if the runtime cannot run here, or cannot run this bundle.
+    Args:
+        bundle: the bundle.
+        report: a function that receives the name of each stage as it begins.
+        runtime: the runtime that executes the graphs.
+
+    Raises LintError or ParityError if a graph differs from the reference, BundleError if the bundle has no trace,
+    EngineError if the runtime is not available on this machine or cannot run this bundle.
     """
-    if why := runtime.absence() or runtime.refusal(bundle):
-        raise EngineError(why)
-    ran, dtype, trace = runtime.description(bundle), bundle.manifest.spec.dtype, read_trace(bundle)
+    if reason := runtime.absence() or runtime.refusal(bundle):
+        raise EngineError(reason)
+    description, dtype, trace = runtime.description(bundle), bundle.manifest.spec.dtype, read_trace(bundle)
     arithmetic = dtype if dtype in runtime.dtypes else f"fp32 arithmetic, on weights rounded to {dtype},"
     for name, spec in bundle.manifest.graph_specs().items():
         report(f"lint {name}")
@@ -40,20 +44,20 @@ def prove(bundle: Bundle, report: Report = lambda _: None, runtime: Runtime = DE
     checks: list[parity.Check] = []
     reference = parity.Reference(read_generator(bundle), read_tokenizer(bundle))
 
-    def take(passed: Iterator[parity.Check]) -> None:
+    def collect(passed: Iterator[parity.Check]) -> None:
         for check in passed:
             if not checks or checks[-1].graph != check.graph or checks[-1].at != check.at:
                 report(f"check {check.graph} at {check.at}")
             checks.append(check)
 
-    take(parity.check_bundle(bundle, reference, runtime))
+    collect(parity.check_bundle(bundle, reference, runtime))
     report(f"repeat {TRACE}")
-    take(check_trace(bundle, trace, runtime))
+    collect(check_trace(bundle, trace, runtime))
     return {
         "files": bundle.hashes(),
         "reference": "nbp_reference, fp32 arithmetic, weights as the bundle holds them",
         "runtime": runtime.name,
-        "executed": f"in {arithmetic} by {ran}",
+        "executed": f"in {arithmetic} by {description}",
         "status": status_of(runtime.name, dtype, [e.library for e in bundle.manifest.engines if runtime.runs_engines]),
         "worst": asdict(max(checks, key=lambda c: c.worst)),
         "checks": [asdict(check) for check in checks],
@@ -61,35 +65,37 @@ def prove(bundle: Bundle, report: Report = lambda _: None, runtime: Runtime = DE
     }
 
 
-def prove_again(path: Path, report: Report = lambda _: None, runtime: str = DEFAULT.name) -> Bundle:
-    """Open a bundle, which checks its files, prove it and write its receipt; one that fails is left without.
+def verify(path: Path, report: Report = lambda _: None, runtime: str = DEFAULT.name) -> Bundle:
+    """Check the files of a bundle, prove it and write its receipt. A bundle that fails loses its receipt.
 
-    One that a GPU's runtime could not run keeps the receipt that it has.
+    An exception is a runtime for GPUs that cannot run the bundle: then the receipt is kept.
 
-    Raises BundleError, LintError or ParityError for what is wrong with it, EngineError if the runtime cannot run it.
+    Raises BundleError, LintError or ParityError if the bundle fails, EngineError if the runtime cannot run it.
     """
-    bundle = look(path)
-    runs = runtime_of(bundle, runtime)
+    bundle = open_unproven(path)
+    chosen = runtime_of(bundle, runtime)
     receipt = path / RECEIPT
     try:
-        content = prove(bundle, report, runs)
+        content = prove(bundle, report, chosen)
     except NbpError as error:
-        if "cpu" in runs.devices or not isinstance(error, EngineError):
+        if "cpu" in chosen.devices or not isinstance(error, EngineError):
             receipt.unlink(missing_ok=True)
         raise
     try:
         write_json(receipt, content)
     except OSError as error:
-        raise NbpError(f"{path} passed, but its receipt cannot be written: {error.strerror}") from error
+        raise NbpError(
+            f"{path} passed, but its receipt cannot be written ({error.strerror}): make the folder writable"
+        ) from error
     return bundle
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
-    """Installed versions of the tools that an export depends on, and of more."""
-    found = {}
+    """Return the installed versions of TOOLS and of further distributions."""
+    installed = {}
     for tool in (*TOOLS, *more):
         try:
-            found[tool] = version(tool)
+            installed[tool] = version(tool)
         except PackageNotFoundError:
-            found[tool] = "not installed"
-    return found
+            installed[tool] = "not installed"
+    return installed

@@ -1,20 +1,20 @@
-"""What a command line asks for, apart from `sources`, which finds it and imports torch."""
+"""The model that a command line requests. It is apart from `sources`, which loads the model and imports torch."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 
 class Request(NamedTuple):
-    """What was asked for on the command line; None where nothing was.
+    """The options of a command line that choose a model; None for an option that was not given.
 
     Attributes:
-        model: a named size.
-        checkpoint, tokenizer: files, here or on the Hub.
-        weights: `random`: of the named size, or of the checkpoint's.
-        block: shape or size; the model's own if None.
-        timing_only: take a checkpoint that was trained for another block.
-        or_random: where no bundled weights are for the block, random ones.
-        ema: take the EMA copy of the weights that the checkpoint holds beside them.
+        model: the name of a size.
+        checkpoint, tokenizer: local files, or files on the Hugging Face Hub.
+        weights: `random` for random weights of the named size or of the checkpoint's size.
+        block: block shape, or its number of tokens; None selects the model's default.
+        timing_only: accept a checkpoint that was trained for another block.
+        or_random: use random weights if no bundled weights exist for the block.
+        ema: load the checkpoint's EMA copy of the weights in place of the weights.
     """
 
     model: str | None = None

@@ -1,6 +1,6 @@
-"""The two TensorRT libraries, with nearly one API: what tells them apart, and the options that each can honour.
+"""The two TensorRT libraries: how they differ, and which build options each of them supports.
 
-TensorRT-RTX builds for a GPU that need not be there; TensorRT 11 builds on the GPU itself.
+Their APIs are nearly equal. TensorRT-RTX builds engines without a GPU; TensorRT 11 builds them on the target GPU.
 """
 
 import os
@@ -18,7 +18,7 @@ from nbp_engines.strict import write_bytes
 from nbp_errors import UsageError
 from nbp_export._extras import need
 
-ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")  # that TensorRT-RTX is asked for here
+ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")  # that we build for with TensorRT-RTX
 COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
 TIMINGS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nbp-export"
 
@@ -28,10 +28,10 @@ class Library:
     """One of the two libraries.
 
     Attributes:
-        module: its Python module, which also has to run its engines.
-        title: its name.
-        extra: the extra that installs it.
-        builds_for_absent_gpus: whether it takes an architecture by name.
+        module: the name of its Python module, which must also run the engines that it builds.
+        title: the name of the library in messages.
+        extra: the extra of nbp-export that installs it.
+        builds_for_absent_gpus: whether it can build for a named architecture without a GPU.
         status: the row of `nbp_engines.status` that says what was built with it and executed so far.
     """
 
@@ -43,32 +43,35 @@ class Library:
 
     @property
     def installed(self) -> bool:
-        """Whether it can be imported."""
+        """Whether the module is installed."""
         return find_spec(self.module) is not None
 
     def load(self) -> Any:
-        """The module. Raises NbpError with the pip command if it is not installed."""
+        """Import and return the module. Raises NbpError with the pip command if it is not installed."""
         need(self.extra, self.module)
         return import_module(self.module)
 
 
 TENSORRT = Library("tensorrt", "TensorRT 11", "trt", False, "tensorrt-11-engines")
 RTX = Library("tensorrt_rtx", "TensorRT-RTX", "trt-rtx", True, "tensorrt-rtx-engines")
-LIBRARIES = {"tensorrt": TENSORRT, "rtx": RTX}  # as `--builder` calls them
+LIBRARIES = {"tensorrt": TENSORRT, "rtx": RTX}  # by the values of --builder
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to build.
+    """Options of a build.
 
     Attributes:
-        builder: `tensorrt`, `rtx`, or `auto`: TensorRT 11 where it and the GPU are there, else TensorRT-RTX.
-        arch: GPU architecture; None is sm80 for TensorRT-RTX, and for TensorRT 11 that of the GPU.
-        compatibility: which other GPUs the engines must run on, at some cost in speed: none, ampere+ or same-cc.
-        decomposed: let attention be several kernels; None does so in fp32, for which there is no fused one.
-        workspace: bytes of GPU memory that a kernel may take for itself; None is all there is.
-        level: how long to search for kernels, 0 to 5; None is the library's own choice.
-        timing_cache: folder of what earlier builds measured, a file for each GPU and library version; None is TIMINGS.
+        builder: `tensorrt`, `rtx` or `auto`. `auto` is TensorRT 11 if it is installed and the machine has the target
+            GPU, else TensorRT-RTX.
+        arch: GPU architecture; None means sm80 with TensorRT-RTX, and this machine's GPU with TensorRT 11.
+        compatibility: other GPUs that the engines must also run on, which may make them slower: `none`, `ampere+` or
+            `same-cc`.
+        decomposed: whether attention may be several kernels; None permits it only in fp32, for which there is no fused
+            kernel.
+        workspace: bytes of GPU memory that a kernel may use as workspace; None sets no limit.
+        level: optimisation level, from 0 to 5: how long TensorRT 11 searches for fast kernels; None is its default.
+        timing_cache: folder of timing caches, with one file per GPU and library version; None means TIMINGS.
     """
 
     builder: str = "auto"
@@ -79,9 +82,9 @@ class Options:
     level: int | None = None
     timing_cache: Path | None = None
 
-    def words(self) -> list[str]:
-        """The options of the command line that ask for these again."""
-        given = {
+    def arguments(self) -> list[str]:
+        """Return the command-line arguments for these options, without the timing cache."""
+        values = {
             "--builder": self.builder,
             "--arch": self.arch,
             "--hardware-compat": None if self.compatibility == "none" else self.compatibility,
@@ -89,53 +92,62 @@ class Options:
             "--workspace": None if self.workspace is None else self.workspace // 2**20,
             "--level": self.level,
         }
-        return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+        return [word for option, value in values.items() if value is not None for word in (option, str(value))]
 
-    def settle(self) -> tuple[Library, "Options", str]:
-        """The library, these options with the architecture filled in, and why it is that library.
+    def resolve(self) -> tuple[Library, "Options", str]:
+        """Choose the library; return it, these options with the architecture filled in, and the reason for the choice.
 
-        Raises UsageError for an option that the library cannot honour, NbpError if it is not installed, EngineError if
-        it needs a GPU and none is there.
+        Raises UsageError for an option that the library does not support, NbpError if the library is not installed,
+        EngineError if it needs a GPU and the machine has none.
         """
-        library, why = (LIBRARIES[self.builder], "as asked") if self.builder != "auto" else self._found()
+        library, reason = (
+            (LIBRARIES[self.builder], "chosen by --builder") if self.builder != "auto" else self._choose_library()
+        )
         library.load()
-        there = None if library.builds_for_absent_gpus else _gpu()[1]
-        if refusals := [*self._refusals(there)]:
-            raise UsageError(f"{library.title} {'; it '.join(refusals)}")
-        return library, replace(self, arch=self.arch or there or ARCHITECTURES[0]), why
+        gpu_arch = None if library.builds_for_absent_gpus else _gpu()[1]
+        if problems := [*self._unsupported(gpu_arch)]:
+            raise UsageError(f"{library.title} {'; it '.join(problems)}")
+        return library, replace(self, arch=self.arch or gpu_arch or ARCHITECTURES[0]), reason
 
-    def _found(self) -> tuple[Library, str]:
+    def _choose_library(self) -> tuple[Library, str]:
+        """Return the library that `auto` stands for, and the reason."""
         if not TENSORRT.installed:
             return RTX, "TensorRT 11 is not installed"
         try:
-            there = _gpu()[1]
+            gpu_arch = _gpu()[1]
         except EngineError as error:
-            return RTX, f"TensorRT 11 builds on the GPU alone: {error.message}"
-        if self.arch not in (None, there):
-            return RTX, f"TensorRT 11 would build for the GPU that is there, {there}"
-        return TENSORRT, f"the GPU is there, {there}"
+            return RTX, f"TensorRT 11 needs the target GPU: {error.message}"
+        if self.arch not in (None, gpu_arch):
+            return RTX, f"TensorRT 11 builds only for this machine's GPU, which is {gpu_arch}"
+        return TENSORRT, f"this machine's GPU is {gpu_arch}"
 
-    def _refusals(self, there: str | None) -> Iterator[str]:
-        """What TensorRT 11 cannot honour, given the GPU that is there, or TensorRT-RTX, which needs none."""
-        if there:
-            if self.arch not in (None, there):
-                yield f"builds for the GPU that is there, {there}, not for {self.arch}: --builder rtx does, or that GPU"
+    def _unsupported(self, gpu_arch: str | None) -> Iterator[str]:
+        """Yield a message for each option that the library does not support.
+
+        `gpu_arch` is the architecture of this machine's GPU for TensorRT 11, and None for TensorRT-RTX.
+        """
+        if gpu_arch:
+            if self.arch not in (None, gpu_arch):
+                yield (
+                    f"builds only for this machine's GPU, which is {gpu_arch}, not for {self.arch}: "
+                    f"use --builder rtx, or a machine with that GPU"
+                )
             return
         if self.arch not in (None, *ARCHITECTURES):
-            yield f"builds for {', '.join(ARCHITECTURES)} here, not for {self.arch}"
+            yield f"cannot build for {self.arch}: choose --arch {', '.join(ARCHITECTURES)}"
         if self.compatibility != "none":
-            yield f"builds for one --arch, with no --hardware-compat {self.compatibility}"
+            yield f"builds for one --arch only: leave out --hardware-compat {self.compatibility}"
         if self.level is not None:
-            yield "has no optimisation --level: it chooses kernels where the engine is loaded"
+            yield "has no optimisation levels, because it chooses kernels when an engine is loaded: leave out --level"
         if self.timing_cache:
-            yield "has no --timing-cache: it measures nothing when it builds"
+            yield "has no timing cache, because it measures nothing during a build: leave out --timing-cache"
 
 
 def configure(config: Any, library: Library, options: Options) -> None:
-    """Set a builder config to settled options."""
+    """Apply resolved options to a builder config."""
     trt = library.load()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: fp32 would be multiplied with 10 bits
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; TF32 keeps only 10 bits of the mantissa in fp32 products
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if library.builds_for_absent_gpus:
@@ -145,32 +157,31 @@ def configure(config: Any, library: Library, options: Options) -> None:
     config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, COMPATIBILITY[options.compatibility])
     if options.level is not None:
         config.builder_optimization_level = options.level
-    known = _timings(library, options)
     content = b""
-    with suppress(OSError):  # there is none yet, or nobody may read it
-        content = known.read_bytes()
-    before = config.create_timing_cache(content)
-    if not config.set_timing_cache(before, False):  # what was measured elsewhere, or is damaged
+    with suppress(OSError):  # the file does not exist yet or cannot be read
+        content = _timing_file(library, options).read_bytes()
+    timings = config.create_timing_cache(content)
+    if not config.set_timing_cache(timings, False):  # the file is damaged, or comes from another GPU or version
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
-def keep_timings(config: Any, library: Library, options: Options) -> None:
-    """Leave what a build has measured to the next one on this GPU."""
+def save_timings(config: Any, library: Library, options: Options) -> None:
+    """Save the timing cache of a finished build for later builds on this GPU."""
     if library.builds_for_absent_gpus:
         return
-    known = _timings(library, options)
-    with suppress(OSError):  # the build is worth more than the minutes that the next one would save
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(known, bytes(config.get_timing_cache().serialize()))
+    path = _timing_file(library, options)
+    with suppress(OSError):  # a cache that cannot be written only makes the next build slower
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, bytes(config.get_timing_cache().serialize()))
 
 
-def _timings(library: Library, options: Options) -> Path:
+def _timing_file(library: Library, options: Options) -> Path:
     gpu = re.sub(r"\W+", "-", _gpu()[0])
     return (options.timing_cache or TIMINGS) / f"{gpu}_{library.module}_{library.load().__version__}.timings"
 
 
 def _gpu() -> tuple[str, str]:
-    """Name and architecture of the GPU; raises EngineError if there is none."""
+    """Return the name and the architecture of this machine's GPU. Raises EngineError if there is none."""
     from nbp_engines.cuda import Device
 
     with Device.open() as device:

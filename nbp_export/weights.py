@@ -59,7 +59,7 @@ class WeightPool:
         # array is kept, or its memory might become another's.
         self._seen: dict[tuple[object, ...], tuple[np.ndarray, int]] = {}
 
-    def take(self, model: "ir.Model") -> None:
+    def externalise(self, model: "ir.Model") -> None:
         """Move the graph's large initializers into the file, leaving references to it."""
         import onnx_ir as ir
 

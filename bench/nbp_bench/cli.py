@@ -206,11 +206,11 @@ def _batch(text: str) -> int:
 def _bundles(folders: Sequence[Path], model: dict[str, Any]) -> "list[Subject]":
     """Return the given bundles. Raises UsageError for an option that names a model as well."""
     from nbp_bench.plan import Subject
-    from nbp_export.inspect import look
+    from nbp_export.inspect import open_unproven
 
     if names := [f"--{name.replace('_', '-')}" for name, value in model.items() if value]:
         raise UsageError(f"a bundle already holds its model: leave out {', '.join(names)}")
-    return [Subject(bundle=folder, spec=look(folder).manifest.spec) for folder in folders]
+    return [Subject(bundle=folder, spec=open_unproven(folder).manifest.spec) for folder in folders]
 
 
 def _models(

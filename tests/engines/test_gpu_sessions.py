@@ -25,7 +25,7 @@ from nbp_export import parity
 from nbp_export.cli import main
 from nbp_export.onnx_bundle import export
 from nbp_export.parity import ParityError, Reference, check_bundle
-from nbp_export.proof import prove_again
+from nbp_export.proof import verify
 from nbp_export.sources import Source
 from tests.conftest import Ran
 from tests.engines.emulated import Gpu, emulated, with_engines
@@ -143,22 +143,22 @@ def test_bf16_is_computed_in_bf16(engines: Callable[..., Exported]) -> None:
 def test_a_receipt_says_what_ran_where(engines: Callable[..., Exported]) -> None:
     bundle = engines("fp16").bundle
     version = bundle.manifest.engines[0].version
-    receipt = prove_again(bundle.path, runtime="tensorrt").receipt()
+    receipt = verify(bundle.path, runtime="tensorrt").receipt()
     assert receipt is not None
     assert receipt["executed"] == f"in fp16 by tensorrt_rtx {version} on Emulated"
     assert receipt["runtime"] == "tensorrt"
     assert {"cuda-bindings", "tensorrt-rtx"} <= receipt["versions"].keys()
-    receipt = prove_again(bundle.path, runtime="ort-cuda").receipt()
+    receipt = verify(bundle.path, runtime="ort-cuda").receipt()
     assert receipt is not None
     assert receipt["executed"] == "in fp16 by ONNX Runtime's CUDA provider on Emulated"
 
 
 def test_a_missing_gpu_voids_no_receipt(engines: Callable[..., Exported]) -> None:
     path = engines("fp16").bundle.path
-    prove_again(path)
+    verify(path)
     before = (path / RECEIPT).read_bytes()
     with emulated(Gpu(count=0)), pytest.raises(EngineError, match="no GPU"):
-        prove_again(path, runtime="tensorrt")
+        verify(path, runtime="tensorrt")
     assert (path / RECEIPT).read_bytes() == before
 
 
@@ -179,10 +179,10 @@ def test_an_engine_that_differs_voids_the_receipt(
     engines: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = engines("fp16").bundle.path
-    prove_again(path)
+    verify(path)
     monkeypatch.setattr(cuda.Mirror, "enqueue_write", lambda _: None)
     with pytest.raises(ParityError, match=r"run by tensorrt, differs from the reference"):
-        prove_again(path, runtime="tensorrt")
+        verify(path, runtime="tensorrt")
     assert not (path / RECEIPT).exists()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints from the Hub: the real library against a Hub of this machine's, its cache, and no Hub at all."""
+"""Checkpoints from the Hub: the real library with a local server in place of the Hub, with its cache, and offline."""
 
 import errno
 import hashlib
@@ -26,7 +26,7 @@ from tests.support import small_generator
 
 ROOT = Path(__file__).parents[2]
 SHA = "0123456789abcdef0123456789abcdef01234567"
-# What a Hub answers in place of a file: status and headers.
+# What the server answers to a request for a file, instead of sending it: status and headers.
 STATUSES: dict[str, tuple[int, dict[str, str]]] = {
     "gated": (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted.\tAsk."}),
     "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}),
@@ -35,14 +35,14 @@ STATUSES: dict[str, tuple[int, dict[str, str]]] = {
     "unavailable": (501, {}),
 }
 TROUBLES = (*STATUSES, "reset", "half", "stored")
-# And in place of a list of files.
+# What it answers to a request for the list of files: status, content and headers.
 LISTINGS: dict[str, tuple[int, bytes, dict[str, str]]] = {
     "list500": (500, b"oops", {}),
     "list429": (429, b"slow down", {}),
     "listpage": (200, b"<html>please log in to this network</html>", {"Content-Type": "text/html"}),
     "listgated": (403, b"", {"X-Error-Code": "GatedRepo"}),
 }
-NOBODY = "http://127.0.0.1:9"  # where nothing listens
+NOBODY = "http://127.0.0.1:9"  # an address at which nothing listens
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture(scope="module")
 def address(weights: bytes) -> Iterator[str]:
-    """A Hub with three model repositories: of one checkpoint, of two, of none."""
+    """The address of a server with repositories of one, two and no checkpoints, and one for each kind of failure."""
     repositories: Mapping[str, Mapping[str, bytes]] = {
         "org/one": {"README.md": b"read me", "16/a.safetensors": weights},
         "org/two": {"a.ckpt": b"not", "b.pt": b"here"},
@@ -72,7 +72,7 @@ def address(weights: bytes) -> Iterator[str]:
                 self.answer_with("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
 
         def trouble(self, name: str) -> None:
-            """Answer as a Hub that refuses or fails; it says what the library takes for a reason."""
+            """Answer as a Hub that refuses or fails, with the headers from which the library reads the reason."""
             if name == "reset" and self.command == "GET":
                 self.break_off(b"")
             elif name == "half" and self.command == "GET":
@@ -132,7 +132,10 @@ def address(weights: bytes) -> Iterator[str]:
 
 
 def fetched(text: str, folder: Path, address: str, **environment: str) -> str:
-    """What a fresh process says, for the library reads its environment once: the path, or one line of an error."""
+    """Return what `fetch` gives in a new process: the path, or the one line of its error.
+
+    A new process is needed because the library reads its environment variables once.
+    """
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from nbp_engines.errors import NbpError\nfrom nbp_export.hub import fetch\n"
@@ -177,16 +180,16 @@ def test_a_file_is_downloaded_and_then_cached(text: str, address: str, weights: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("org/two", "org/two: which file? On the Hub there is: org/two/a.ckpt, org/two/b.pt"),
-        ("org/two/c.pt", "org/two/c.pt: which file? On the Hub there is: org/two/a.ckpt, org/two/b.pt"),
-        ("org/none", "org/none: which file? On the Hub there is: no checkpoint"),
-        ("org/lost", "org/lost: no such file here, and no model on the Hub that you may read"),
-        ("org/lost/a.ckpt", "org/lost: no such file here, and no model on the Hub that you may read"),
+        ("org/two", "org/two does not name one checkpoint on the Hub: choose org/two/a.ckpt, org/two/b.pt"),
+        ("org/two/c.pt", "org/two/c.pt does not name one checkpoint on the Hub: choose org/two/a.ckpt, org/two/b.pt"),
+        ("org/none", "org/none does not name one checkpoint on the Hub: choose another repository"),
+        ("org/lost", "org/lost is neither a local file nor a model on the Hub that you can read"),
+        ("org/lost/a.ckpt", "org/lost is neither a local file nor a model on the Hub that you can read"),
         ("org/one@v9", "org/one on the Hub has no revision v9"),
-        ("o--rg/one/a.ckpt", "o--rg/one: no such file here, and no model on the Hub"),
+        ("o--rg/one/a.ckpt", "o--rg/one is neither a local file nor a model on the Hub"),
     ],
 )
-def test_what_the_hub_has_not_is_told(text: str, message: str, address: str, tmp_path: Path) -> None:
+def test_what_the_hub_does_not_have_is_reported(text: str, message: str, address: str, tmp_path: Path) -> None:
     assert fetched(text, tmp_path, address).startswith(message)
 
 
@@ -195,16 +198,16 @@ def test_what_the_hub_has_not_is_told(text: str, message: str, address: str, tmp
     [{}, {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://hub.invalid"}],
     ids=["refused", "off", "no_name"],
 )
-def test_offline_is_told_at_once(environment: dict[str, str], tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_an_unreachable_hub_is_reported_without_delay(environment: dict[str, str], tmp_path: Path) -> None:
+    start = time.monotonic()
     message = fetched("org/one/a.ckpt", tmp_path, NOBODY, **environment)
-    assert message.startswith("org/one/a.ckpt: no such file here, and the Hub cannot be reached (")
-    assert message.endswith("it is not in the cache either")
-    assert fetched("org/one", tmp_path, NOBODY, **environment).endswith("a cached file is found as ORG/REPO/FILE")
-    assert time.monotonic() - began < 20  # the library alone retries for 23 seconds, each time
+    assert message.startswith("org/one/a.ckpt is not a local file, and the Hub cannot be reached (")
+    assert message.endswith("the cache does not hold the file either")
+    assert fetched("org/one", tmp_path, NOBODY, **environment).endswith("to use a cached file, give ORG/REPO/FILE")
+    assert time.monotonic() - start < 20  # the library by itself retries for 23 seconds at each call
 
 
-def test_a_cache_laid_out_by_the_library_will_do(weights: bytes, tmp_path: Path) -> None:
+def test_a_cache_that_the_library_wrote_is_used(weights: bytes, tmp_path: Path) -> None:
     repository = tmp_path / "cache" / "models--org--one"
     for name, content in {"refs/main": SHA.encode(), f"snapshots/{SHA}/a.ckpt": weights}.items():
         (repository / name).parent.mkdir(parents=True)
@@ -214,7 +217,9 @@ def test_a_cache_laid_out_by_the_library_will_do(weights: bytes, tmp_path: Path)
     assert checkpoint.load(Path(path)).generator is not None
 
 
-def test_a_path_that_is_there_wins(weights: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_path_is_preferred_to_the_hub(
+    weights: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("org/one", "org/two/a.ckpt", "org/two@v1"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -226,13 +231,15 @@ def test_a_path_that_is_there_wins(weights: bytes, tmp_path: Path, monkeypatch: 
     "text",
     ["a.ckpt", "runs/a.ckpt", "/nowhere/a.ckpt", "../org/one/a.ckpt", "org/one@/a.ckpt", "@v1/one/a.ckpt"],
 )
-def test_a_path_that_is_not_there_and_no_id(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_neither_a_path_nor_an_id_is_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NbpError, match=r"no such file, and no Hub id: those are ORG/REPO or ORG/REPO/FILE"):
+    with pytest.raises(NbpError, match=r"is neither a file nor a Hub id: check the path, or give ORG/REPO"):
         hub.fetch(Path(text))
 
 
-def test_the_library_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_library_is_reported_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_extras, "find_spec", lambda _: None)
     with pytest.raises(NbpError, match=r"huggingface_hub missing: pip install 'nbp-export\[hub"):
@@ -241,7 +248,7 @@ def test_the_library_is_asked_for_where_it_is_missing(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("option", ["--checkpoint", "--tokenizer"])
 def test_the_command_takes_an_id(option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: bytes) -> None:
-    """Offline, as the real library finds it; the message is one line and the exit status 1."""
+    """The real library is offline here, so the command fails with one line and exit status 1."""
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path)
@@ -260,25 +267,25 @@ def test_the_command_takes_an_id(option: str, monkeypatch: pytest.MonkeyPatch, t
     [
         (
             "gated",
-            "org/gated/a.ckpt: access is restricted: ask for it on {address}/org/gated, then log in with `hf auth",
+            "org/gated/a.ckpt: access is restricted: request access on {address}/org/gated, then run `hf auth",
         ),
         ("disabled", "org/disabled/a.ckpt: the Hub has disabled this repository"),
-        ("forbidden", "org/forbidden/a.ckpt: the Hub refuses it (403 Forbidden"),
-        ("moved", "org/moved/a.ckpt: the Hub lists this file and does not have it: try another revision"),
-        ("unavailable", "org/unavailable/a.ckpt: the Hub answers 501 in place of it: try again later"),
-        ("reset", "org/reset/a.ckpt: the download broke off ("),
-        ("half", "org/half/a.ckpt: the download broke off ("),
-        ("list500", "org/list500: no such file here, and the Hub answers 500; a cached file is found as"),
-        ("list429", "org/list429: no such file here, and the Hub answers 429; a cached file is found as"),
-        ("listpage", "org/listpage: no such file here, and the Hub cannot be reached ("),
-        ("listgated", "org/listgated: access is restricted: ask for it on {address}/org/listgated, then log in"),
+        ("forbidden", "org/forbidden/a.ckpt: the Hub denies access (403 Forbidden"),
+        ("moved", "org/moved/a.ckpt: the Hub lists this file but does not have it: try another revision"),
+        ("unavailable", "org/unavailable/a.ckpt: the Hub answered 501 instead of sending the file: try again later"),
+        ("reset", "org/reset/a.ckpt: the download was interrupted ("),
+        ("half", "org/half/a.ckpt: the download was interrupted ("),
+        ("list500", "org/list500 is not a local file, and the Hub answered 500; to use a cached file"),
+        ("list429", "org/list429 is not a local file, and the Hub answered 429; to use a cached file"),
+        ("listpage", "org/listpage is not a local file, and the Hub cannot be reached ("),
+        ("listgated", "org/listgated: access is restricted: request access on {address}/org/listgated, then run"),
     ],
 )
-def test_a_hub_that_refuses_or_fails_is_told_in_one_line(
+def test_a_hub_that_refuses_or_fails_is_reported_in_one_line(
     name: str, message: str, address: str, weights: bytes, tmp_path: Path
 ) -> None:
     assert fetched(f"org/{name}", tmp_path, address).startswith(message.format(address=address))
-    assert not list(tmp_path.rglob("*.ckpt")), "half a file would pass for the whole one"
+    assert not list(tmp_path.rglob("*.ckpt")), "a part of the file would be taken for the whole file"
     assert len(weights) > 2
 
 
@@ -287,9 +294,7 @@ def test_a_hub_that_refuses_or_fails_is_told_in_one_line(
 )
 def test_a_cache_that_cannot_hold_the_file(cache: str, reason: str, address: str, tmp_path: Path) -> None:
     message = fetched("org/stored", tmp_path, address, HF_HUB_CACHE=cache)
-    assert message.startswith(
-        f"org/stored/a.ckpt: the cache {cache} cannot hold it ({reason}): free space there, or set"
-    )
+    assert message.startswith(f"org/stored/a.ckpt: the cache {cache} cannot store the file ({reason}): free space")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
@@ -300,15 +305,19 @@ def test_a_full_or_read_only_cache(number: int, monkeypatch: pytest.MonkeyPatch)
         raise OSError(number, os.strerror(number), "/cache/blobs/0.incomplete")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(NbpError, match=re.escape(f"cannot hold it ({os.strerror(number)}): free space there")) as error:
-        hub._downloaded("org/one", None, "a.ckpt")
+    with pytest.raises(
+        NbpError, match=re.escape(f"cannot store the file ({os.strerror(number)}): free space there")
+    ) as error:
+        hub._download("org/one", None, "a.ckpt")
     assert "\n" not in error.value.message
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError(), RuntimeError("\n"), ValueError("first\nsecond"), ConnectionResetError()]
 )
-def test_errors_without_words_or_with_many(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors_with_no_message_or_with_several_lines(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import huggingface_hub
 
     def refuse(*_: object, **__: object) -> str:
@@ -320,14 +329,14 @@ def test_errors_without_words_or_with_many(error: Exception, monkeypatch: pytest
     with pytest.raises(NbpError) as listing:
         hub.fetch(Path("org/one"))
     with pytest.raises(NbpError) as download:
-        hub._downloaded("org/one", None, "a.ckpt")
+        hub._download("org/one", None, "a.ckpt")
     for caught in (listing, download):
         assert "\n" not in caught.value.message
         assert "second" not in caught.value.message
 
 
-def test_the_librarys_own_lines_are_kept_back(address: str, tmp_path: Path) -> None:
-    """Its warnings and notes of retries; its level of logging is as before afterwards."""
+def test_the_librarys_own_messages_are_suppressed(address: str, tmp_path: Path) -> None:
+    """Nothing but our message is printed, and the level of its logger is restored afterwards."""
     code = (
         "import logging, sys, huggingface_hub.file_download, nbp_export.hub as hub\nfrom pathlib import Path\n"
         "log = logging.getLogger('huggingface_hub'); before = log.level\n"

@@ -89,7 +89,8 @@ def test_the_page_names_everything(full: Bundle) -> None:
         "video fp32 [1, 3, 5, 16, 16] tokens int64 [1, 32]",
         "prefill, step",
         f"{inspect.describe(full)['memory']['buffers']:,}",
-        f"receipt valid: {len(receipt['checks'])} checks, {receipt['executed']}; worst: {receipt['worst']['graph']} at",
+        f"receipt valid: {len(receipt['checks'])} checks, {receipt['executed']}; largest error: ",
+        f"{receipt['worst']['graph']} at",
         "trace.json",
         f"onnxruntime {receipt['versions']['onnxruntime']}",
     ):
@@ -106,7 +107,7 @@ def test_json_is_the_same(full: Bundle) -> None:
 def test_tensors_that_differ_in_their_number_are_one_line() -> None:
     tensors = [TensorSpec(f"{kv}_cache_{i}_out", "fp16", (1, 2)) for i in range(12) for kv in "kv"]
     odd = [TensorSpec("k_cache_12_out", "fp16", (1, 3)), TensorSpec("logits", "fp32", (7,))]
-    assert list(inspect.condensed([*tensors, *odd])) == [
+    assert list(inspect.tensor_lines([*tensors, *odd])) == [
         "k_cache_0…11_out fp16 [1, 2]",
         "v_cache_0…11_out fp16 [1, 2]",
         "k_cache_12_out fp16 [1, 3]",
@@ -122,11 +123,11 @@ def test_a_bundle_without_a_valid_receipt_says_so_in_red_once(toy: Path, state: 
     result = run(toy)
     assert result.exit_code == 0, result.output
     assert not result.stderr
-    assert words(result).endswith(f"receipt {state}: `nbp-export verify {toy}` proves it again")
+    assert words(result).endswith(f"receipt {state}: run `nbp-export verify {toy}` to check the bundle")
     assert json.loads(run(toy, "--json").stdout)["receipt"] == {"state": state}
     console = Console(force_terminal=True, color_system="standard", width=200, markup=False)
     with console.capture() as captured:
-        console.print(inspect.render(inspect.describe(inspect.look(toy))))
+        console.print(inspect.render(inspect.describe(inspect.open_unproven(toy))))
     assert f"\x1b[31mreceipt {state}" in captured.get()
 
 
@@ -136,7 +137,7 @@ def test_names_are_not_taken_for_markup(toy: Path) -> None:
     data["provenance"]["note"] = ":smile: [link=https://example.com]here"
     (toy / MANIFEST).write_text(json.dumps(data))
     page = words(run(toy))
-    assert "[red]toy[/red], not trained: for timing only: block 1x1x4" in page
+    assert "[red]toy[/red], not trained, for timing only: block 1x1x4" in page
     assert ":smile: [link=https://example.com]here" in page
 
 
@@ -164,7 +165,7 @@ def test_the_memory_that_opening_takes_is_measured_in_a_process_of_its_own(full:
     here[::4096] = b"x" * len(here[::4096])
     memory = json.loads(run(full.path, "--json", "--measure").stdout)["memory"]
     assert 1e7 < memory["before"] < memory["opened"] <= memory["peak"] < 3e8
-    assert "measured: with the session open" in words(run(full.path, "--measure"))
+    assert "measured: process with an open session" in words(run(full.path, "--measure"))
 
 
 def test_a_bundle_that_no_session_opens_is_measured_as_an_error(toy: Path) -> None:

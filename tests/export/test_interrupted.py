@@ -21,7 +21,7 @@ from nbp_engines.strict import write_bytes, write_json, write_text
 from nbp_errors import NbpError, UsageError
 from nbp_export import onnx_bundle
 from nbp_export.cli import main
-from nbp_export.onnx_bundle import _appearing, export
+from nbp_export.onnx_bundle import _working_folder, export
 from tests.export.support import source, traced_once
 
 ROOT = Path(__file__).parents[2]
@@ -86,8 +86,8 @@ def test_what_killed_exports_left_is_removed_by_the_next_to_that_name_and_nothin
         (folder / "step.onnx").write_text("half")
     (tmp_path / ".bundle.partial-a_file_1").write_text("precious")
     (tmp_path / ".bundle.partial-a_link_1").symlink_to(tmp_path / "bundle-2")
-    with _appearing(tmp_path / "bundle") as first, _appearing(tmp_path / "bundle-3"):
-        with suppress(UsageError), _appearing(tmp_path / "bundle") as second:
+    with _working_folder(tmp_path / "bundle") as first, _working_folder(tmp_path / "bundle-3"):
+        with suppress(UsageError), _working_folder(tmp_path / "bundle") as second:
             assert first.is_dir()  # in use, so not abandoned
             (tmp_path / "bundle").touch()
         assert not second.exists()
@@ -107,18 +107,18 @@ def test_without_locks_everything_is_left_alone(where: str, tmp_path: Path, monk
     else:
         monkeypatch.setattr("fcntl.flock", flock)
     (tmp_path / ".bundle.partial-abcd_123").mkdir()
-    with _appearing(tmp_path / "bundle"):
+    with _working_folder(tmp_path / "bundle"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {".bundle.partial-abcd_123", "bundle"}
 
 
 def test_the_first_of_two_exports_to_one_name_wins(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        slow = stack.enter_context(_appearing(tmp_path / "bundle"))
+        slow = stack.enter_context(_working_folder(tmp_path / "bundle"))
         (slow / "file").write_text("second")
-        with _appearing(tmp_path / "bundle") as fast:
+        with _working_folder(tmp_path / "bundle") as fast:
             (fast / "file").write_text("first")
-        with pytest.raises(UsageError, match="bundle appeared meanwhile"):
+        with pytest.raises(UsageError, match="bundle was created by another program"):
             stack.close()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert (tmp_path / "bundle" / "file").read_text() == "first"
@@ -361,7 +361,7 @@ def test_a_name_that_is_taken_meanwhile_where_folders_keep_their_names(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(UsageError, match="appeared meanwhile"), _appearing(tmp_path / "bundle"):
+    with pytest.raises(UsageError, match="was created by another program"), _working_folder(tmp_path / "bundle"):
         (tmp_path / "bundle").mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 

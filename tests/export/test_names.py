@@ -102,7 +102,7 @@ def test_a_bundle_of_any_name(name: str, weights: Path) -> None:
     (path / RECEIPT).unlink()
     result = run("inspect", "--", path)
     assert_harmless(result)
-    hint = result.stdout.replace("\n", "").partition("receipt missing: `")[2].partition("` proves it again")[0]
+    hint = result.stdout.replace("\n", "").partition("receipt missing: run `")[2].partition("` to check the bundle")[0]
     told = subprocess.run(["bash", "-c", f"printf '%s\\0' {hint}"], capture_output=True, check=True).stdout
     assert Path(os.fsdecode(told.split(b"\0")[2])).samefile(path)
     result = run("verify", "--", path)
@@ -119,9 +119,9 @@ def test_a_bundle_of_any_name(name: str, weights: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (NOT_UTF_8, r"caf\udce9 is not UTF-8, which the runtimes need: choose another --out"),
-        (f"{NOT_UTF_8}/bundle", "is not UTF-8, which the runtimes need: choose another --out"),
-        ("x" * 300, "cannot be a folder (File name too long): choose another --out"),
+        (NOT_UTF_8, r"caf\udce9 is not UTF-8, which the runtimes require: choose another --out"),
+        (f"{NOT_UTF_8}/bundle", "is not UTF-8, which the runtimes require: choose another --out"),
+        ("x" * 300, "cannot be the name of a folder (File name too long): choose another --out"),
         ("there", "there exists: choose another --out"),
     ],
     ids=ascii,

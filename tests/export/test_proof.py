@@ -72,7 +72,7 @@ def test_a_weight_that_the_graphs_do_not_hold_fails_the_export(tmp_path: Path) -
     held, other = (torch.from_numpy(rng.standard_normal((30, 20)).astype(np.float32)) for _ in range(2))
     graph = ir.Graph([], [], nodes=[], initializers=[ir.Value(name="w", const_value=ir.tensor(held.T.numpy()))])
     with WeightPool(tmp_path / "data") as pool:
-        pool.take(ir.Model(graph, ir_version=10))
+        pool.externalise(ir.Model(graph, ir_version=10))
         places = pool.index({"held": held, "small": other[0]})
         assert places["held"]["transposed"]
         assert places["held"]["shape"] == [20, 30]

@@ -15,7 +15,7 @@ from nbp_engines.ort import ORT_CPU
 from nbp_engines.sampling import GREEDY, Sampling, sample
 from nbp_errors import NbpError
 from nbp_export.parity import TOLERANCE, ParityError
-from nbp_export.proof import prove_again
+from nbp_export.proof import verify
 from nbp_export.reach import reach
 from nbp_export.trace import TRACE, check_trace, read_trace, traced_calls
 from tests.export.support import Exported, resealed
@@ -186,7 +186,7 @@ def test_verify_refuses_a_bundle_without_a_trace(copied: Copier) -> None:
     files = tuple(file for file in bundle.manifest.files if file.path != TRACE)
     without = resealed(replace(bundle, manifest=replace(bundle.manifest, files=files)))
     with pytest.raises(NbpError, match=r"has no trace\.json to check it with: export it again; it was made by"):
-        prove_again(without.path)
+        verify(without.path)
     assert not (bundle.path / RECEIPT).exists()
 
 

@@ -73,7 +73,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bund
 def test_an_engine_with_two_profiles(block: str, dtype: str, built: Callable[[str, str], Bundle]) -> None:
     bundle = built(block, dtype)
     assert set(bundle.manifest.graphs.values()) == {GENERATOR}
-    (engine,), (build,) = bundle.manifest.engines, trt.builds(bundle)
+    (engine,), (build,) = bundle.manifest.engines, trt.read_builds(bundle)
     L = bundle.manifest.spec.block_size
     assert (engine.graphs, build.tokens) == (("prefill", "step"), (512, L))
     assert (engine.arch, engine.compatibility, engine.library) == ("sm80", "none", "tensorrt_rtx")
@@ -93,7 +93,7 @@ def test_an_engine_with_two_profiles(block: str, dtype: str, built: Callable[[st
 def test_a_hybrids_third_profile(tmp_path: Path) -> None:
     source = Source("ucf", golden_hybrid(), None, True, "golden")  # heads of 16
     bundle = export(source, tmp_path / "bundle", "fp16", engines=Options(arch="sm89"))
-    (engine,), (build,) = bundle.manifest.engines, trt.builds(bundle)
+    (engine,), (build,) = bundle.manifest.engines, trt.read_builds(bundle)
     assert (engine.graphs, build.tokens) == (("prefill", "step", "step_1"), (8, 4, 1))
 
 
@@ -102,19 +102,18 @@ def test_the_command(ran: Callable[[str], Ran]) -> None:
     out = folder / "tiny-16-sm80"
     assert "builder: TensorRT-RTX 1." in output
     assert sentence("tensorrt-rtx-engines") in output
-    seen = (
-        "prefill of 512 tokens, step of 16 tokens; 10 caches updated in place, 5 attentions masked and fused, no input"
-    )
-    assert seen in output
-    assert "not verified: the engines themselves" in output
+    assert "prefill of 512 tokens, step of 16 tokens; 10 caches updated in place, 5 attentions with a mask" in output
+    assert "The engines were not executed, because that needs a GPU" in output
     assert {path.name for path in out.glob("*.engine")} == {"encode.engine", "generator.engine", "decode.engine"}
     assert Bundle.open(out, require_receipt=True).manifest.spec.dtype == "fp16"
 
 
-def told(bundle: Bundle) -> list[tuple[object, ...]]:
-    """Of each engine: file, profiles, cache updates, attentions, and how those were built."""
+def summaries(bundle: Bundle) -> list[tuple[object, ...]]:
+    """Return the file, profiles, cache updates, attentions and kind of attention of each engine."""
     counts = ("KV_CACHE_UPDATE", "ATTENTION_INPUT")
-    return [(b.file, b.tokens, *(b.layers.get(name, 0) for name in counts), b.attention) for b in trt.builds(bundle)]
+    return [
+        (b.file, b.tokens, *(b.layers.get(name, 0) for name in counts), b.attention) for b in trt.read_builds(bundle)
+    ]
 
 
 @pytest.mark.slow
@@ -122,7 +121,7 @@ def told(bundle: Bundle) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize("size", [1, 16, 256])
 def test_all_engines_of_the_bundled_models(size: int, dtype: str, tmp_path: Path) -> None:
     bundle = export(find(Request(block=str(size))), tmp_path / "bundle", dtype, engines=SM80)
-    assert told(bundle) == [
+    assert summaries(bundle) == [
         ("generator.engine", (512, size), 10, 5, "fused"),
         ("encode.engine", (), 0, 0, "none"),
         ("decode.engine", (), 0, 0, "none"),
@@ -141,21 +140,21 @@ def test_all_engines_of_two_layers_at_the_papers_width(size: int, dtype: str, tm
         tokenizer = VideoTokenizer(TOKENIZERS["official"]).eval() if size == 16 else None
     source = Source("wide", random_generator(config), tokenizer, False, "a test's model")
     bundle = export(source, tmp_path / "bundle", dtype, engines=SM80)
-    generated, *others = told(bundle)
+    generated, *others = summaries(bundle)
     assert generated == ("generator.engine", (512, size), 4, 2, "fused")
     assert [file for file, *_ in others] == (["encode.engine", "decode.engine"] if size == 16 else [])
     assert bundle.receipt()
 
 
 def test_an_unknown_architecture_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="sm80, sm86, sm89, sm120 here, not for sm90"):
+    with pytest.raises(UsageError, match="cannot build for sm90: choose --arch sm80, sm86, sm89, sm120"):
         export(wide("1x1x16"), tmp_path / "bundle", "fp16", engines=Options(arch="sm90"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fp32_attention_is_decomposed_for_want_of_a_fused_kernel(tmp_path: Path) -> None:
     bundle = export(wide("1x1x16"), tmp_path / "bundle", "fp32", engines=SM80)
-    assert trt.builds(bundle)[0].attention == "decomposed"
+    assert trt.read_builds(bundle)[0].attention == "decomposed"
     graph, uses = bundle.path / GENERATOR, [*bundle.manifest.graph_specs().values()]
     with pytest.raises(trt.BuildError, match="--attention decomposed"):
         trt.build(graph, uses, RTX, replace(SM80, decomposed=False))
@@ -163,11 +162,11 @@ def test_fp32_attention_is_decomposed_for_want_of_a_fused_kernel(tmp_path: Path)
 
 # What a library cannot honour is refused, not ignored.
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "another GPU": (["--arch", "sm90"], "TensorRT-RTX builds for sm80, sm86, sm89, sm120 here, not for sm90"),
-    "other GPUs besides": (["--hardware-compat", "ampere+"], "with no --hardware-compat ampere+"),
-    "a level": (["--level", "5"], "has no optimisation --level"),
-    "a timing cache": (["--timing-cache", "here"], "has no --timing-cache"),
-    "two at once": (["--level", "0", "--arch", "sm1"], "not for sm1; it has no optimisation --level"),
+    "another GPU": (["--arch", "sm90"], "TensorRT-RTX cannot build for sm90: choose --arch sm80, sm86, sm89, sm120"),
+    "other GPUs besides": (["--hardware-compat", "ampere+"], "leave out --hardware-compat ampere+"),
+    "a level": (["--level", "5"], "leave out --level"),
+    "a timing cache": (["--timing-cache", "here"], "leave out --timing-cache"),
+    "two at once": (["--level", "0", "--arch", "sm1"], "sm120; it has no optimisation levels"),
 }
 
 
@@ -183,9 +182,9 @@ def test_an_option_that_tensorrt_rtx_cannot_honour(name: str, tmp_path: Path) ->
 def test_too_little_workspace_is_said(exported: Exporter) -> None:
     bundle = exported("1x2x2", dtype="fp16", batch=2, one_graph=True).bundle
     graph, uses = bundle.path / GENERATOR, [bundle.manifest.graph_specs()["step"]]
-    with pytest.raises(trt.BuildError, match="give it more --workspace"):
+    with pytest.raises(trt.BuildError, match="increase --workspace"):
         trt.build(graph, uses, RTX, replace(SM80, workspace=16))
-    assert trt.build(graph, uses, RTX, replace(SM80, workspace=2**30)).known.tokens == (4,)
+    assert trt.build(graph, uses, RTX, replace(SM80, workspace=2**30)).info.tokens == (4,)
 
 
 # Faults of a graph that its parser takes without an error.
@@ -234,9 +233,9 @@ def outputs_swapped(model: ModelProto) -> None:
     ("change", "message"),
     [
         (nonpad_lengths, "has no mask"),
-        (unaliased_output, "k_cache_0_out is no update of k_cache_0 in place"),
-        (transposed_cache, "k_cache_0_out is no update of k_cache_0 in place"),
-        (outputs_swapped, "v_cache_0_out is no update of v_cache_0 in place"),
+        (unaliased_output, "k_cache_0_out does not update k_cache_0 in place"),
+        (transposed_cache, "k_cache_0_out does not update k_cache_0 in place"),
+        (outputs_swapped, "v_cache_0_out does not update v_cache_0 in place"),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )
@@ -293,10 +292,10 @@ def test_a_wrong_account_of_the_engines(name: str, one: Bundle) -> None:
     account = one.path / trt.BUILDS
     account.write_text(json.dumps(change(json.loads(account.read_text()))))
     with pytest.raises(BundleError, match=message):
-        trt.builds(one)
+        trt.read_builds(one)
     account.unlink()
     with pytest.raises(BundleError, match="cannot be read"):
-        trt.builds(one)
+        trt.read_builds(one)
 
 
 def test_inspect_and_verify_tell_of_the_engines(one: Bundle) -> None:
@@ -309,10 +308,10 @@ def test_inspect_and_verify_tell_of_the_engines(one: Bundle) -> None:
     assert "4 kv_cache_update" in words
     assert sentence("tensorrt-rtx-engines") in words
     data = json.loads(CliRunner().invoke(main, ["inspect", "--json", str(path)]).output)
-    assert data["engines"][0]["activations"] == [*trt.builds(one)[0].activations]
+    assert data["engines"][0]["activations"] == [*trt.read_builds(one)[0].activations]
     proven = CliRunner().invoke(main, ["verify", str(path)])
     assert proven.exit_code == 0, proven.output
-    assert "not verified: the engines themselves" in proven.output
+    assert "The engines were not executed, because that needs a GPU" in proven.output
 
 
 # Only looking.
@@ -320,9 +319,11 @@ def test_inspect_and_verify_tell_of_the_engines(one: Bundle) -> None:
 
 def test_check_counts_layers_and_leaves_nothing(ran: Callable[[str], Ran]) -> None:
     output, folder = ran("trt --block 1x1x16 --check")
-    assert re.search(r"generator\.onnx: every node maps, \d+ layers: .*10 kv_cache_update, 5 attention_input", output)
-    assert "decode.onnx: every node maps" in output
-    assert "not built and not compared" in output
+    assert re.search(
+        r"generator\.onnx: every node is supported; \d+ layers: .*10 kv_cache_update, 5 attention_input", output
+    )
+    assert "decode.onnx: every node is supported" in output
+    assert "The graphs were only parsed." in output
     assert list(folder.iterdir()) == []
 
 
@@ -347,4 +348,4 @@ def test_check_lists_every_node_that_does_not_map(exported: Exporter, tmp_path: 
 def test_the_control_of_the_faults(exported: Exporter) -> None:
     bundle = exported("1x2x2", dtype="fp16", batch=2, one_graph=True).bundle
     built = trt.build(bundle.path / GENERATOR, [bundle.manifest.graph_specs()["step"]], RTX, SM80)
-    assert built.known.tokens == (4,)
+    assert built.info.tokens == (4,)

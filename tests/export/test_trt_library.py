@@ -16,7 +16,7 @@ from nbp_engines.trt import log_of
 from nbp_errors import NbpError, UsageError
 from nbp_export import trt_library
 from nbp_export.cli import main
-from nbp_export.trt_library import RTX, TENSORRT, Library, Options, configure, keep_timings
+from nbp_export.trt_library import RTX, TENSORRT, Library, Options, configure, save_timings
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'nbp-export[trt-rtx]'")
 
@@ -44,38 +44,38 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_without_tensorrt_11() -> None:
-    library, options, why = Options().settle()
-    assert (library, options.arch, why) == (RTX, "sm80", "TensorRT 11 is not installed")
+    library, options, reason = Options().resolve()
+    assert (library, options.arch, reason) == (RTX, "sm80", "TensorRT 11 is not installed")
 
 
 @pytest.mark.usefixtures("installed", "no_gpu")
 def test_auto_without_a_gpu() -> None:
-    library, options, why = Options(arch="sm89").settle()
+    library, options, reason = Options(arch="sm89").resolve()
     assert (library, options.arch) == (RTX, "sm89")
-    assert "builds on the GPU alone: there is no GPU" in why
+    assert "needs the target GPU: there is no GPU" in reason
 
 
 @pytest.mark.usefixtures("installed", "a100")
 def test_auto_where_both_are_there() -> None:
-    assert Options().settle()[:2] == (STAND_IN, Options(arch="sm80"))
-    assert Options(arch="sm80", level=5).settle()[0] is STAND_IN
-    library, _, why = Options(arch="sm86").settle()
+    assert Options().resolve()[:2] == (STAND_IN, Options(arch="sm80"))
+    assert Options(arch="sm80", level=5).resolve()[0] is STAND_IN
+    library, _, reason = Options(arch="sm86").resolve()
     assert library is RTX
-    assert "for the GPU that is there, sm80" in why
+    assert "only for this machine's GPU, which is sm80" in reason
 
 
 @pytest.mark.usefixtures("installed", "a100")
 def test_tensorrt_11_builds_for_no_other_gpu() -> None:
     with pytest.raises(
-        UsageError, match=r"TensorRT 11 builds for the GPU that is there, sm80, not for sm86: --builder"
+        UsageError, match=r"TensorRT 11 builds only for this machine's GPU, which is sm80, not for sm86: use --builder"
     ):
-        Options("tensorrt", "sm86").settle()
+        Options("tensorrt", "sm86").resolve()
 
 
 @pytest.mark.usefixtures("installed", "no_gpu")
 def test_tensorrt_11_needs_a_gpu() -> None:
     with pytest.raises(EngineError, match="there is no GPU"):
-        Options("tensorrt").settle()
+        Options("tensorrt").resolve()
 
 
 def test_tensorrt_11_is_not_installed() -> None:
@@ -89,7 +89,7 @@ def test_tensorrt_11_is_not_installed() -> None:
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt_library, "RTX", replace(RTX, module="tensorrt_of_nobody"))
     with pytest.raises(NbpError, match="tensorrt_of_nobody missing: pip install"):
-        Options().settle()
+        Options().resolve()
 
 
 def config_of(library: Library) -> Any:
@@ -110,7 +110,7 @@ def test_tensorrt_11s_options_reach_its_config(tmp_path: Path) -> None:
     assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
     assert any("setHardwareCompatibilityLevel" in line for line in log_of(STAND_IN.load()).messages("WARNING"))
     assert config.num_compute_capabilities != 1  # no architecture by name
-    keep_timings(config, STAND_IN, options)
+    save_timings(config, STAND_IN, options)
     (kept,) = (tmp_path / "timings").iterdir()
     assert kept.name == f"NVIDIA-A100-SXM4-80GB_tensorrt_rtx_{trt.__version__}.timings"
     configure(config, STAND_IN, options)  # and read again
