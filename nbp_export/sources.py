@@ -91,7 +91,7 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
     if request.tokenizer:
         file = fetch(request.tokenizer)
         brought = checkpoint.load(file)
-        if request.ema and brought.averages:
+        if request.ema and brought.ema_copies:
             brought = checkpoint.load(file, ema=True)
         tokenizer = brought.tokenizer
         if tokenizer is None:
@@ -118,7 +118,7 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
         )
     generator.config = config
     note = f"{title}, block {config.block}" + ("" if fits else f" (trained for {trained_for}: timing only)")
-    if copies := ", ".join(map(printable, loaded.averages)):
+    if copies := ", ".join(map(printable, loaded.ema_copies)):
         note += (
             f", the EMA copy of its weights ({copies})"
             if request.ema
