@@ -14,7 +14,7 @@ from nbp_export.request import Request
 from nbp_reference import checkpoint
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.errors import CheckpointError
-from nbp_reference.model import NextBlockTransformer, draw
+from nbp_reference.model import NextBlockTransformer, init_parameter
 from nbp_reference.tokenizer import VideoTokenizer
 
 TINY = ("nbp-tiny", "nbp-tiny-hybrid")  # the models that come with their weights
@@ -134,7 +134,7 @@ def random_generator(config: ModelConfig) -> NextBlockTransformer:
     names, parameters = zip(*generator.to_empty(device="cpu").named_parameters(), strict=True)
     seeded = (torch.Generator().manual_seed(i) for i in range(len(names)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(draw, names, parameters, seeded))
+        list(pool.map(init_parameter, names, parameters, seeded))
     return generator.eval()
 
 
