@@ -14,7 +14,7 @@ from nbp_export.request import Request
 from nbp_reference import checkpoint
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.errors import CheckpointError
-from nbp_reference.model import NextBlockTransformer, draw
+from nbp_reference.model import NextBlockTransformer, init_parameter
 from nbp_reference.tokenizer import VideoTokenizer
 
 TINY = ("nbp-tiny", "nbp-tiny-hybrid")  # the models that come with their weights
@@ -91,7 +91,7 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
     if request.tokenizer:
         file = fetch(request.tokenizer)
         brought = checkpoint.load(file)
-        if request.ema and brought.averages:
+        if request.ema and brought.ema_copies:
             brought = checkpoint.load(file, ema=True)
         tokenizer = brought.tokenizer
         if tokenizer is None:
@@ -118,7 +118,7 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
         )
     generator.config = config
     note = f"{title}, block {config.block}" + ("" if fits else f" (trained for {trained_for}: timing only)")
-    if copies := ", ".join(map(printable, loaded.averages)):
+    if copies := ", ".join(map(printable, loaded.ema_copies)):
         note += (
             f", the EMA copy of its weights ({copies})"
             if request.ema
@@ -134,7 +134,7 @@ def random_generator(config: ModelConfig) -> NextBlockTransformer:
     names, parameters = zip(*generator.to_empty(device="cpu").named_parameters(), strict=True)
     seeded = (torch.Generator().manual_seed(i) for i in range(len(names)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(draw, names, parameters, seeded))
+        list(pool.map(init_parameter, names, parameters, seeded))
     return generator.eval()
 
 

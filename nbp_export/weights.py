@@ -22,7 +22,7 @@ from nbp_engines.strict import FLAG, TEXT, Rule, check, loads, matching, whole
 from nbp_errors import NbpError
 from nbp_export.graphs import TORCH_DTYPES
 from nbp_reference.config import ModelConfig, TokenizerConfig
-from nbp_reference.model import Block, NextBlockTransformer
+from nbp_reference.model import Layer, NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class _LayersOnDemand(nn.ModuleList):
     def __iter__(self) -> Iterator[nn.Module]:
         for i in range(self._config.layers):
             with torch.device("meta"):
-                layer = Block(self._config.width, self._config.heads)
+                layer = Layer(self._config.width, self._config.heads)
             yield _filled(layer, self._bundle, self._index, f"generator.blocks.{i}.")
 
 

@@ -1,1 +1,1 @@
-"""Next-Block Prediction in PyTorch: the definition of correct."""
+"""The PyTorch implementation of Next-Block Prediction, which defines the correct result."""

@@ -1,7 +1,7 @@
-"""The shapes of a Next-Block-Prediction system: block, generator, tokenizer, and the named pairs of both.
+"""Block shapes, the configs of generators and tokenizers, and the named models.
 
-Latent: a video of F = 1 + r·n frames becomes T = 1 + n latent frames of H×W tokens. A block is t×h×w of
-them, L = t·h·w tokens. Source of every number: arXiv 2502.07737 and the authors' published checkpoints.
+A video of F = 1 + r·n frames becomes T = 1 + n latent frames of H×W tokens. A block has t×h×w of these tokens,
+L = t·h·w. The numbers come from arXiv 2502.07737 and the authors' published checkpoints, except nbp-tiny's.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,7 @@ from nbp_reference.errors import BlockShapeError
 
 
 class Latent(NamedTuple):
-    """The token grid of one clip: frames, rows, columns."""
+    """The size of a clip's token grid: latent frames, rows, columns."""
 
     t: int
     h: int
@@ -27,7 +27,7 @@ class Latent(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The t×h×w tokens that are predicted together."""
+    """The shape of a block: t latent frames, h rows and w columns of tokens, which one step predicts together."""
 
     t: int
     h: int
@@ -35,9 +35,11 @@ class BlockShape:
 
     @classmethod
     def parse(cls, text: str, latent: Latent) -> Self:
-        """Read `1x1x16`, or a bare size, which fills rows first, then whole rows, then frames (Table 3).
+        """Parse a shape such as `1x1x16`, or a bare size such as `16`.
 
-        The latent only gives a bare size its row and frame. Raises BlockShapeError if the text is neither.
+        A bare size becomes part of a row of the latent, or whole rows, or whole frames (Table 3 of the paper). The
+        latent is only used for that. Raises BlockShapeError if the text is neither a shape nor a size, or if the size
+        does not fill whole rows or frames.
         """
         parts = text.lower().split("x")
         if not all(p.isdecimal() and int(p) > 0 for p in parts) or len(parts) not in (1, 3):
@@ -54,28 +56,31 @@ class BlockShape:
 
     @property
     def size(self) -> int:
-        """L, the tokens in a block."""
+        """L, the number of tokens in a block."""
         return self.t * self.h * self.w
 
     def __str__(self) -> str:
         return f"{self.t}x{self.h}x{self.w}"
 
     def check_tiles(self, *latents: Latent) -> None:
-        """Raise BlockShapeError, listing the shapes that do tile, unless copies of the block fill every latent."""
+        """Raise BlockShapeError unless the block tiles every latent; the message lists the shapes that do."""
         for latent in latents:
             if latent.t % self.t or latent.h % self.h or latent.w % self.w:
                 fits = ", ".join(str(s) for s in tiling_shapes(*latents))
                 raise BlockShapeError(f"block {self} does not tile the {latent} latent; these do: {fits}")
 
     def order(self, latent: Latent) -> np.ndarray:
-        """Raster index of every token in block order: int64 [T·H·W], blocks raster, raster inside a block."""
+        """Return the raster index of every token in block order, int64 [T·H·W].
+
+        In block order, the blocks follow one another in raster order, and so do the tokens inside a block.
+        """
         t, h, w = latent.t // self.t, latent.h // self.h, latent.w // self.w
         raster = np.arange(prod(latent)).reshape(t, self.t, h, self.h, w, self.w)
         return raster.transpose(0, 2, 4, 1, 3, 5).reshape(-1)
 
 
 def tiling_shapes(*latents: Latent) -> list[BlockShape]:
-    """Every block shape that tiles all the latents, small to large."""
+    """Return every block shape that tiles all the latents, in ascending size."""
     sides = zip(*latents, strict=True)
     choices = ([d for d in range(1, min(side) + 1) if all(s % d == 0 for s in side)] for side in sides)
     return sorted((BlockShape(*shape) for shape in product(*choices)), key=lambda b: (b.size, b.t, b.h, b.w))
@@ -83,12 +88,12 @@ def tiling_shapes(*latents: Latent) -> list[BlockShape]:
 
 @dataclass(frozen=True)
 class TextCondition:
-    """How a class-conditional (hybrid) model is told its class: as text, before the video.
+    """The text that gives a class-conditional (hybrid) model its class; it precedes the video.
 
     Attributes:
-        tokens: text tokens before every clip.
-        vocab: text token ids.
-        words: the word of each id, the first of them the end token; empty where a tokenizer file is needed.
+        tokens: the number of text tokens before every clip.
+        vocab: the number of text token ids.
+        words: the word of each id, of which the first is the end token; empty if the model needs a text tokenizer.
     """
 
     tokens: int = 8
@@ -98,18 +103,18 @@ class TextCondition:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The generator's transformer, and the task that it was trained for.
+    """The size of the generator, and the task that it was trained for.
 
     Attributes:
-        layers: transformer blocks, n.
-        width: embedding width, C.
-        heads: attention heads; the head dimension is width / heads.
-        vocab: token ids, V; a hybrid's are L special tokens, then text, then video.
-        positions: rows of the learned absolute position table.
-        latent: the whole clip in tokens.
-        condition_latents: latent frames that are given, the rest is predicted; 0 for a hybrid.
-        block: the block shape that the weights were trained for (16 for every published checkpoint).
-        text: what a hybrid's class is told in; None for frame prediction.
+        layers: the number of transformer layers.
+        width: the embedding width, C.
+        heads: the number of attention heads; the head dimension is width / heads.
+        vocab: the number of token ids, V; a hybrid has L special ids, then those of its text, then those of the video.
+        positions: the number of rows of the learned absolute position table.
+        latent: the token grid of a whole clip.
+        condition_latents: how many latent frames are given; the others are predicted. A hybrid has 0.
+        block: the block shape that the weights were trained for; L is 16 in every published checkpoint.
+        text: the text that gives a hybrid its class; None for frame prediction.
     """
 
     layers: int
@@ -124,60 +129,61 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """The width of one attention head, D."""
         return self.width // self.heads
 
     @property
     def frame_tokens(self) -> int:
-        """Tokens in one latent frame."""
+        """The number of tokens in one latent frame."""
         return self.latent.h * self.latent.w
 
     @property
     def clip_tokens(self) -> int:
-        """Tokens in a whole clip."""
+        """The number of tokens in a whole clip."""
         return prod(self.latent)
 
     @property
     def condition_tokens(self) -> int:
-        """P, the tokens that are given, and that the prefill reads: latent frames, or a hybrid's text."""
+        """P, the number of tokens that the prefill reads: those of the given latent frames, or of a hybrid's text."""
         return self.text.tokens if self.text else self.condition_latents * self.frame_tokens
 
     @property
     def codes(self) -> int:
-        """Tokens of the video tokenizer."""
+        """The number of codes of the video tokenizer."""
         return self.vocab - self.code_shift
 
     @property
     def code_shift(self) -> int:
-        """The token id of the video tokenizer's token 0: a hybrid's special tokens and text come before it."""
+        """The token id of the video tokenizer's code 0; in a hybrid, special tokens and text have the ids before it."""
         return self.block.size + self.text.vocab if self.text else 0
 
     @property
     def capacity(self) -> int:
-        """Cache slots that a generation fills: all tokens but the last block, which is never fed back.
+        """S, the number of cache slots that a clip fills: one per token, without the last block, which is never read.
 
-        A hybrid feeds begin-of-video and L-1 middle-of-video tokens too, as many as it leaves out.
+        A hybrid also reads its text and, as many as its last block has, begin-of-video and middle-of-video tokens.
         """
         return self.clip_tokens + self.text.tokens if self.text else self.clip_tokens - self.block.size
 
     def with_block(self, text: str) -> Self:
-        """The same model for another block, `1x1x16` or a bare size; a hybrid's vocabulary changes with it.
+        """Return the config for another block, given as `1x1x16` or as a bare size; a hybrid's vocabulary changes too.
 
-        Raises BlockShapeError, listing the shapes that fit, unless it tiles the condition and the prediction.
+        Raises BlockShapeError unless the block tiles both the given and the predicted latent frames; the message lists
+        the shapes that do.
         """
         block = BlockShape.parse(text, self.latent)
-        given, rest = self.condition_latents, self.latent.t - self.condition_latents
-        block.check_tiles(*(self.latent._replace(t=t) for t in (given, rest) if t))
-        special = block.size - self.block.size if self.text else 0
-        return replace(self, block=block, vocab=self.vocab + special)
+        given, predicted = self.condition_latents, self.latent.t - self.condition_latents
+        block.check_tiles(*(self.latent._replace(t=t) for t in (given, predicted) if t))
+        more_special_ids = block.size - self.block.size if self.text else 0
+        return replace(self, block=block, vocab=self.vocab + more_special_ids)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the inverse of `from_json`."""
+        """Return the config as values that JSON has; `from_json` is the inverse."""
         return asdict(self) | {"latent": list(self.latent), "block": str(self.block)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Build from `to_json`'s values; raises TypeError for unknown or missing names."""
+        """Build a config from the values of `to_json`; raises TypeError for unknown or missing names."""
         latent, text = Latent(*data["latent"]), data.get("text")
         return cls(
             **data
@@ -190,7 +196,7 @@ class ModelConfig:
 
 
 class Stage(NamedTuple):
-    """Residual units at one resolution."""
+    """The part of the tokenizer that works at one resolution: its channels and its number of residual units."""
 
     channels: int
     units: int
@@ -198,13 +204,13 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The causal video tokenizer: encoder, finite scalar quantisation (FSQ), decoder.
+    """The size of the causal video tokenizer: encoder, finite scalar quantisation (FSQ), decoder.
 
     Attributes:
-        stages: encoder stages from fine to coarse; the decoder mirrors them.
-        strides: (t, h, w) between consecutive encoder stages.
-        levels: FSQ levels of each latent channel; their product is the vocabulary.
-        groups: GroupNorm groups.
+        stages: the encoder's stages from fine to coarse; the decoder has them in reverse.
+        strides: the stride (t, h, w) between each pair of consecutive encoder stages.
+        levels: the number of FSQ levels of each latent channel; their product is the vocabulary.
+        groups: the number of groups of each GroupNorm.
     """
 
     stages: tuple[Stage, ...] = (Stage(128, 4), Stage(256, 4), Stage(256, 4), Stage(512, 8))
@@ -214,33 +220,36 @@ class TokenizerConfig:
 
     @property
     def vocab(self) -> int:
-        """Number of codes."""
+        """The number of codes."""
         return prod(self.levels)
 
     @property
     def compression(self) -> tuple[int, int, int]:
-        """Pixels per token along (t, h, w)."""
+        """Video frames, pixel rows and pixel columns per token: the product of the strides along (t, h, w)."""
         t, h, w = (prod(s) for s in zip(*self.strides, strict=True))
         return t, h, w
 
     def frames(self, latent_frames: int) -> int:
-        """Video frames of so many latent frames: the first stands alone."""
+        """Return the number of video frames for a number of latent frames, of which the first covers one frame."""
         return 1 + self.compression[0] * (latent_frames - 1)
 
     def latent(self, frames: int, height: int, width: int) -> Latent:
-        """The token grid of a video; raises ValueError for sizes that the strides do not divide."""
+        """Return the token grid of a video; raises ValueError for sizes that the strides do not divide."""
         t, h, w = self.compression
         if (frames - 1) % t or height % h or width % w:
-            raise ValueError(f"{frames}x{height}x{width} video: needs 1 + {t}n frames, sides in multiples of {h}, {w}")
+            raise ValueError(
+                f"a video of {frames}x{height}x{width} does not fit the tokenizer: "
+                f"it must have 1 + {t}n frames, a height divisible by {h} and a width divisible by {w}"
+            )
         return Latent(1 + (frames - 1) // t, height // h, width // w)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the inverse of `from_json`."""
+        """Return the config as values that JSON has; `from_json` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Build from `to_json`'s values; raises TypeError for unknown or missing names."""
+        """Build a config from the values of `to_json`; raises KeyError or TypeError if they are not a config's."""
         return cls(
             stages=tuple(Stage(*s) for s in data["stages"]),
             strides=tuple((t, h, w) for t, h, w in data["strides"]),
@@ -257,7 +266,7 @@ MODELS = {
     "nbp-3b": ModelConfig(layers=32, width=3072, heads=32),
     "nbp-tiny": TINY,
 }
-# Each size also as a class-conditional hybrid, which is told a text and no frames.
+# Each size is also a class-conditional hybrid, whose condition is a text in place of frames.
 MODELS |= {
     f"{name}-hybrid": replace(
         model,

@@ -1,17 +1,17 @@
-"""What can be wrong with what a user hands the reference."""
+"""The errors that the reference raises for invalid input of a user."""
 
 from nbp_errors import NbpError
 
 
 class BlockShapeError(NbpError):
-    """A block shape that cannot be read or does not tile its latent."""
+    """A block shape cannot be parsed or does not tile its latent."""
 
     exit_code = 2
 
 
 class CheckpointError(NbpError):
-    """A checkpoint that cannot be loaded: the message names the file, the key and the shapes."""
+    """A checkpoint cannot be loaded; the message names the file, and the key with its shapes where one is wrong."""
 
 
 class VideoError(NbpError):
-    """A video that cannot be read."""
+    """A video cannot be found or read."""

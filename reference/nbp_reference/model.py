@@ -1,7 +1,7 @@
 """The generator: a pre-LayerNorm transformer that predicts the next block of video tokens.
 
-Shape legend: B batch, T tokens in the call, L tokens in a block, S cache slots, N heads, D head dim,
-C width = N·D, V vocabulary. Source: arXiv 2502.07737, App. A.2, and the authors' published checkpoints.
+Shape legend: B batch, T tokens in the call, L tokens in a block, P tokens of the condition, S cache slots, N heads,
+D head dim, C width = N·D, V vocabulary. Source: arXiv 2502.07737, App. A.2, and the authors' published checkpoints.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +17,17 @@ CacheWrite = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def tensor_scatter_(cache_BNSD: Tensor, update_BNTD: Tensor, cache_pos_B: Tensor) -> Tensor:
-    """Write the update at slots cache_pos .. cache_pos+T-1 of each row, in place; returns the cache."""
+    """Write the update into slots cache_pos .. cache_pos+T-1 of each row, in place, and return the cache."""
     slots_BT = cache_pos_B[:, None] + torch.arange(update_BNTD.shape[2], device=update_BNTD.device)
     return cache_BNSD.scatter_(2, slots_BT[:, None, :, None].expand_as(update_BNTD), update_BNTD)
 
 
 @torch.library.custom_op("nbp::tensor_scatter", mutates_args=())
 def tensor_scatter(cache: Tensor, update: Tensor, cache_pos: Tensor) -> Tensor:
-    """The same as a pure function, and one node in a traced graph: ONNX TensorScatter (axis 2, linear).
+    """Return a copy of the cache with the update written as by `tensor_scatter_`.
 
-    A custom operator because the exporter turns every indexed write into ScatterND and full-cache transposes.
+    It is a custom operator so that a traced graph has one node for it, ONNX TensorScatter (axis 2, linear). For an
+    indexed write, the exporter emits ScatterND and transposes of the whole cache.
     """
     return tensor_scatter_(cache.clone(), update, cache_pos)
 
@@ -36,11 +37,12 @@ def _(cache: Tensor, update: Tensor, cache_pos: Tensor) -> Tensor:  # noqa: ARG0
     return torch.empty_like(cache)
 
 
-def order_of_sight(position: Tensor, config: ModelConfig) -> Tensor:
-    """Where each position stands in the order of generation: a token sees all that stand no later than itself.
+def visibility_order(position: Tensor, config: ModelConfig) -> Tensor:
+    """Return the rank of each position in the order of generation, int64 in the shape of `position`.
 
-    Frame prediction counts blocks, ⌊position/L⌋. A hybrid has all of its text first, then L single tokens
-    (begin-of-video and the first L-1 of the video), then blocks again. Source: the authors' attention masks.
+    A token attends to all tokens whose rank is not higher than its own. In frame prediction the rank is the block's
+    number, ⌊position/L⌋. In a hybrid, all text tokens have rank 0, the next L tokens (begin-of-video and the first L-1
+    of the video) have a rank each, and every later block has one rank. Source: the authors' attention masks.
     """
     L = config.block.size
     if not config.text:
@@ -50,12 +52,13 @@ def order_of_sight(position: Tensor, config: ModelConfig) -> Tensor:
 
 
 def block_mask(query_BT: Tensor, slots: int, config: ModelConfig) -> Tensor:
-    """Which cache slots each query position may see: bool [B,1,T,S].
+    """Return which cache slots each query position attends to: bool [B,1,T,S].
 
-    Bidirectional inside a block, causal between blocks; slots after the query's block are stale or unused.
+    Attention is bidirectional inside a block and causal between blocks. Slots after the query's block are masked: they
+    are unused or hold values of an earlier clip.
     """
-    order_S = order_of_sight(torch.arange(slots, device=query_BT.device), config)
-    # A look-up, because in a graph the order is a constant and this one node, where its formula would be a dozen.
+    order_S = visibility_order(torch.arange(slots, device=query_BT.device), config)
+    # The ranks of the queries are looked up: in a graph this is one node and a constant, the formula a dozen nodes.
     return (order_S <= F.embedding(query_BT, order_S[:, None]))[:, None]
 
 
@@ -71,19 +74,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def qkv(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections split into heads: three [B,N,T,D]."""
+        """Return queries, keys and values, split into heads: three tensors [B,N,T,D]."""
         heads = (layer(x_BTC).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
         q, k, v = (x.transpose(1, 2) for x in heads)
         return q, k, v
 
     def attend(self, q_BNTD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention over the slots that the mask shows, all if None, merged and projected: [B,T,C]."""
+        """Attend to the slots where the mask is true, or to all if it is None; returns the projected output [B,T,C]."""
         out_BNTD = F.scaled_dot_product_attention(q_BNTD, k_BNSD, v_BNSD, attn_mask=mask)
         return cast(Tensor, self.proj(out_BNTD.transpose(1, 2).flatten(2)))
 
 
-class Block(nn.Module):
-    """One pre-LayerNorm transformer layer."""
+class Layer(nn.Module):
+    """One pre-LayerNorm transformer layer; its parameter names are the authors'."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -94,25 +97,32 @@ class Block(nn.Module):
 
 
 class NextBlockTransformer(nn.Module):
-    """The generator. Parameter names are the authors' without their `transformer.` prefix."""
+    """The generator.
+
+    Parameter names are the authors' without the prefix `transformer.`, so the layers are called `blocks`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab, config.width)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.positions, config.width))
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Layer(config.width, config.heads) for _ in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
 
     def reset(self, seed: int) -> None:
-        """Random weights, all from one seed."""
+        """Fill all parameters with random weights that depend only on the seed."""
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            draw(name, p, rng)
+            init_parameter(name, p, rng)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B,T,V] of a whole sequence, as `training_pair` makes it, under the block mask."""
+        """Return the logits [B,T,V] of a whole sequence under the block mask.
+
+        `tokens_BT` are int64 token ids, as `training_pair` returns them first. The logits at a position predict the
+        token that is L positions later; for the single tokens of a hybrid, the next token.
+        """
         query_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         mask = block_mask(query_1T, tokens_BT.shape[1], self.config)
         x_BTC = self.tok_emb(tokens_BT) + self.pos_emb[:, : tokens_BT.shape[1]]
@@ -129,17 +139,18 @@ class NextBlockTransformer(nn.Module):
         v_caches: Sequence[Tensor],
         write: CacheWrite = tensor_scatter,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Append tokens to the caches and predict those that follow.
+        """Append tokens to the KV caches and return the logits of the tokens that follow.
 
         Args:
-            tokens_BT: int64, a block in a step, the condition in a prefill; a hybrid's first L after its text singly.
-            cache_pos_B: int64, tokens already in the cache.
-            k_caches: one [B,N,S,D] a layer; slots from cache_pos on may hold anything finite.
-            v_caches: likewise.
-            write: how a cache takes new rows; pure by default, `tensor_scatter_` where the caller owns the buffers.
+            tokens_BT: int64; the condition in a prefill, one block in a step. A hybrid takes the L tokens after its
+                text one by one.
+            cache_pos_B: int64; how many tokens the caches hold already, per row of the batch.
+            k_caches: one tensor [B,N,S,D] per layer; slots from cache_pos on may hold any finite values.
+            v_caches: the same for the values.
+            write: writes new rows into a cache. The default returns a copy; `tensor_scatter_` writes in place.
 
         Returns:
-            Logits [B,L,V] of the last L tokens, or of all if there are fewer, and the caches with T more rows.
+            The logits [B,L,V] at the last L tokens, or at all tokens if there are fewer, and the extended caches.
         """
         query_BT = cache_pos_B[:, None] + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         mask = block_mask(query_BT, k_caches[0].shape[2], self.config)
@@ -155,18 +166,21 @@ class NextBlockTransformer(nn.Module):
 
     @property
     def L(self) -> int:  # noqa: N802 - the paper's letter
-        """Tokens in a block."""
+        """The number of tokens in a block."""
         return self.config.block.size
 
     def empty_caches(self, batch: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-        """Zeroed key and value caches, [B,N,S,D] a layer, S the config's capacity."""
+        """Return key and value caches of zeros, one [B,N,S,D] per layer, where S is the config's capacity."""
         shape = (batch, self.config.heads, self.config.capacity, self.config.head_dim)
         k, v = ([self.pos_emb.new_zeros(shape) for _ in self.blocks] for _ in "kv")
         return k, v
 
 
-def draw(name: str, parameter: nn.Parameter, rng: torch.Generator) -> None:
-    """Fill a generator's parameter: normal with deviation 0.02 as GPT-2 has them; zero biases, unit norms."""
+def init_parameter(name: str, parameter: nn.Parameter, rng: torch.Generator) -> None:
+    """Initialise a parameter as GPT-2 does.
+
+    Matrices are normal with standard deviation 0.02, biases are zero, and the weights of norms are one.
+    """
     if parameter.ndim > 1:
         nn.init.normal_(parameter, std=0.02, generator=rng)
     else:
@@ -174,18 +188,18 @@ def draw(name: str, parameter: nn.Parameter, rng: torch.Generator) -> None:
 
 
 def training_pair(tokens_BT: Tensor, config: ModelConfig, text_BP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What the model reads and what the last of its logits should predict.
+    """Return the model's input and the token ids that its last logits should predict.
 
-    Frame prediction reads z[:-L] for z[L:]. A hybrid reads its text, begin-of-video, z1..zL, the middle-of-video
-    tokens and z(L+1).. but for the last block; from begin-of-video on its logits are those of z1, z2, ..
+    In frame prediction, the input z[:-L] predicts z[L:]. A hybrid's input is its text, begin-of-video, z1..zL, the L-1
+    middle-of-video tokens and z(L+1).. without the last block; from begin-of-video on, its logits predict z1, z2, …
 
     Args:
-        tokens_BT: tokens of whole clips from the video tokenizer, int64, in block order.
-        config: of the model.
+        tokens_BT: the video tokenizer's tokens of whole clips, int64, in block order.
+        config: the model's config.
         text_BP: a hybrid's text tokens, int64.
 
     Returns:
-        Token ids [B,S], and [B,T-L] or a hybrid's [B,T].
+        The input [B,S] and the targets: [B,T-L] for frame prediction, [B,T] for a hybrid.
     """
     L = config.block.size
     if text_BP is None or not config.text:

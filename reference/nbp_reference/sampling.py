@@ -1,7 +1,7 @@
-"""How a token is drawn from logits: top-k, then top-p, then the inverse of the cumulative distribution.
+"""Draws tokens from logits: top-k, then top-p, then the inverse of the cumulative distribution.
 
-Everything in fp64 and in vocabulary order, so that equal logits and equal noise give equal tokens in every runtime.
-Source: the paper's settings, nbp_engines.sampling is the same in numpy.
+All sums are in fp64 and in vocabulary order, so that equal logits and equal noise give equal tokens in every runtime.
+`nbp_engines.sampling` does the same in numpy. The default settings are the paper's.
 """
 
 import torch
@@ -11,18 +11,18 @@ from torch import Tensor
 def sample(
     logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int = 16_000, top_p: float = 0.9
 ) -> Tensor:
-    """Draw one token a row.
+    """Draw one token per row of logits.
 
     Args:
-        logits: [..., V], any float type.
-        uniforms: [...], in [0,1), one a row.
-        temperature: divides the logits; 0 means greedy, the first of the largest.
-        top_k: keeps the k largest logits, and all that equal the k-th.
-        top_p: of those, renormalised, keeps the most likely until their sum reaches p, the crossing one included;
-            among equals, lower ids first.
+        logits: [..., V], of any floating-point dtype.
+        uniforms: the noise, [...] in [0,1), one number per row.
+        temperature: divides the logits; 0 takes the largest logit, and the lowest id among equal ones.
+        top_k: keeps the k largest logits, and any that equal the k-th.
+        top_p: renormalises the kept tokens and keeps the most likely ones, lower ids first among equals, until their
+            probabilities sum to at least p.
 
     Returns:
-        Token ids int64 [...].
+        Token ids, int64 [...].
     """
     if temperature == 0:
         return logits.argmax(-1)

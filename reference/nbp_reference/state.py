@@ -1,8 +1,8 @@
-"""Finds a model's tensors among the names that training leaves in a state dict.
+"""Finds a model's tensors in a state dict, under the key names that training leaves there.
 
-Wrappers put prefixes into names: `torch.compile`, data parallelism, DeepSpeed and Lightning modules. They are taken out
-where all keys of a module agree about them. Averages of the weights (EMA) stand beside the weights, under names such as
-`model_ema.` or `ema_state_dict`, and are told apart from them.
+Wrappers such as `torch.compile`, data parallelism, DeepSpeed and Lightning modules put prefixes into the keys. The
+prefixes are removed if all keys of a module have the same ones. EMA copies of the weights (exponential moving averages)
+lie beside the weights under names such as `model_ema.` or `ema_state_dict`, and are kept separate from them.
 """
 
 import re
@@ -22,8 +22,10 @@ WRAPPERS = (
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 )
-_AVERAGE = re.compile(r"(?:.*_)?ema(?:_.*)?", re.IGNORECASE)
-_INNER = (
+WRAPPER_PREFIXES = ", ".join(f"{name}." for name in WRAPPERS)  # for messages
+_EMA_NAME = re.compile(r"(?:.*_)?ema(?:_.*)?", re.IGNORECASE)
+# The keys under which an EMA object keeps its tensors, beside its decay and counters.
+_EMA_CONTENT = (
     "state_dict",
     "model_state_dict",
     "module",
@@ -34,160 +36,166 @@ _INNER = (
     "ema_weights",
     "ema_model",
 )
-_TOKENIZER = "first_stage_model"  # its keys are not told apart: quantizers have averages of their own
+# The tokenizer inside a generator's file. Its keys are not searched for EMA copies: a quantizer may contain averages.
+_TOKENIZER = "first_stage_model"
 
 State = dict[str, object]
 
 
-class Part(NamedTuple):
-    """A module of a model, as state dicts name it.
+class Submodule(NamedTuple):
+    """A part of the model, the generator or the tokenizer, as state dicts name it.
 
     Attributes:
-        name: of the module in a whole model.
-        anchor: one of its tensors, by which its weights are known without that name.
+        name: the module's name in the whole model, the first component of its keys; empty if the keys have none.
+        known_key: the key of one of its tensors, which identifies the module where its name is missing.
     """
 
     name: str
-    anchor: str
+    known_key: str
 
-    def members(self, state: State) -> State:
-        """Its tensors, without the module's name and the prefixes of wrappers; empty where there are none.
+    def tensors(self, state: State) -> State:
+        """Return the module's tensors, their keys without the module's name and without prefixes of wrappers.
 
-        Raises CheckpointError, showing the keys, where they do not agree about a prefix.
+        The result is empty if the state dict does not contain the module. Raises CheckpointError, with examples, if its
+        keys have different prefixes.
         """
-        keys = [_Key.of(key) for key in state]
-        own, depth = [key for key in keys if self.name and key.bare[0] == self.name], 1
-        if not own and (not self.name or self.anchor in {".".join(key.bare) for key in keys}):
-            own, depth = keys, 0
-        full: dict[str, str] = {}
-        for key in own:
-            bare = ".".join(key.bare)
-            if bare in full:
-                raise CheckpointError(_twice(bare, full[bare], key.full))
-            full[bare] = key.full
-        _agree(own)
-        return {".".join(key.bare[depth:]): state[key.full] for key in own}
+        keys = [_Key.parse(key) for key in state]
+        own_keys, depth = [key for key in keys if self.name and key.path[0] == self.name], 1
+        if not own_keys and (not self.name or self.known_key in {".".join(key.path) for key in keys}):
+            own_keys, depth = keys, 0
+        originals: dict[str, str] = {}
+        for key in own_keys:
+            path = ".".join(key.path)
+            if path in originals:
+                raise CheckpointError(_duplicate_message(path, originals[path], key.original))
+            originals[path] = key.original
+        _check_prefixes(own_keys)
+        return {".".join(key.path[depth:]): state[key.original] for key in own_keys}
 
-    def average(self, copy: State, weights: State) -> State:
-        """The tensors of an EMA copy under the names of the weights; what only counts updates is left out."""
+    def ema_tensors(self, copy: State, weights: State) -> State:
+        """Return the tensors of an EMA copy under the keys of the weights, without the copy's decay and counters."""
         names = {name.replace(".", ""): name for name in weights}
-        tensors = {key: value for key, value in copy.items() if not _counts(key, value)}
+        tensors = {key: value for key, value in copy.items() if not _is_bookkeeping(key, value)}
         if any("." in key for key in tensors):
-            return self.members(tensors)
-        # `register_buffer` takes no dots, so one common implementation leaves them out of names.
+            return self.tensors(tensors)
+        # `register_buffer` refuses dots, so one common implementation removes them from the names.
         prefix = re.compile(f"(?:{'|'.join(filter(None, (self.name, *WRAPPERS)))})*")
         return {names.get(prefix.sub("", key, count=1), key): value for key, value in tensors.items()}
 
-    def averages(self, data: Mapping[str, object], state: State) -> Iterator[tuple[str, State]]:
-        """Name and tensors of each EMA copy: among the keys of the state dict, beside it, or kept by a callback."""
-        inside: dict[str, State] = {}
+    def ema_copies(self, data: Mapping[str, object], state: State) -> Iterator[tuple[str, State]]:
+        """Yield name and tensors of each EMA copy of the module.
+
+        A copy may lie among the keys of the state dict, beside the state dict in `data`, or in the state of a callback.
+        """
+        copies: dict[str, State] = {}
         for key, value in state.items():
-            if name := _average_of(key):
-                inside.setdefault(name, {})[key.removeprefix(name)] = value
+            if name := _ema_prefix(key):
+                copies.setdefault(name, {})[key.removeprefix(name)] = value
         callbacks = data.get("callbacks")
         for place in (data, *(callbacks.values() if isinstance(callbacks, Mapping) else ())):
             for key, value in place.items() if isinstance(place, Mapping) else ():
-                if isinstance(key, str) and _AVERAGE.fullmatch(key) and isinstance(value, Mapping):
-                    inner = next((value[name] for name in _INNER if isinstance(value.get(name), Mapping)), value)
+                if isinstance(key, str) and _EMA_NAME.fullmatch(key) and isinstance(value, Mapping):
+                    inner = next((value[name] for name in _EMA_CONTENT if isinstance(value.get(name), Mapping)), value)
                     if all(isinstance(name, str) for name in inner):
-                        inside[key] = dict(inner)
-        yield from ((name, copy) for name, copy in inside.items() if self._in(copy))
+                        copies[key] = dict(inner)
+        yield from ((name, copy) for name, copy in copies.items() if self._is_in(copy))
 
-    def _in(self, copy: State) -> bool:
-        """Whether a copy is one of this part."""
-        return any(key.replace(".", "").endswith(self.anchor.replace(".", "")) for key in copy)
-
-
-GENERATOR = Part("transformer", "tok_emb.weight")
-TOKENIZER_INSIDE = Part(_TOKENIZER, "encoder_layers.0.conv.weight")
-TOKENIZER = Part("", "encoder_layers.0.conv.weight")  # of a file of its own
+    def _is_in(self, copy: State) -> bool:
+        return any(key.replace(".", "").endswith(self.known_key.replace(".", "")) for key in copy)
 
 
-def checked(state: object) -> State:
-    """The state dict; raises CheckpointError unless it is a dictionary with names as keys."""
+GENERATOR = Submodule("transformer", "tok_emb.weight")
+TOKENIZER_INSIDE = Submodule(_TOKENIZER, "encoder_layers.0.conv.weight")
+TOKENIZER = Submodule("", "encoder_layers.0.conv.weight")  # in a file of its own
+
+
+def checked_state(state: object) -> State:
+    """Return the state dict; raises CheckpointError unless it is a dictionary whose keys are strings."""
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"expected a dictionary of tensors, found {fit.shown(state)}")
+        raise CheckpointError(f"expected a dictionary of tensors, found {fit.safe_repr(state)}")
     for key in state:
         if not isinstance(key, str):
-            raise CheckpointError(f"expected names as keys, found {fit.shown(key)}")
+            raise CheckpointError(f"expected names as keys of the state dict, found {fit.safe_repr(key)}")
     return dict(state)
 
 
-def without_averages(state: State) -> State:
-    """The state dict without the EMA copies among its keys."""
-    return {key: value for key, value in state.items() if not _average_of(key)}
+def without_ema(state: State) -> State:
+    """Return the state dict without the EMA copies among its keys."""
+    return {key: value for key, value in state.items() if not _ema_prefix(key)}
 
 
-def some(keys: Mapping[str, object]) -> str:
-    """A few keys, for a message."""
+def example_keys(keys: Mapping[str, object]) -> str:
+    """Return the first three keys and the number of the others, for a message."""
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return ", ".join(fit.shown(key) for key in [*keys][:3]) + more
+    return ", ".join(fit.safe_repr(key) for key in [*keys][:3]) + more
 
 
 class _Key(NamedTuple):
-    """A key of a state dict, taken apart.
+    """A key of a state dict, split at its dots.
 
     Attributes:
-        full: as it stands in the file.
-        bare: its components without those of wrappers.
-        wraps: the prefix of wrappers in front of each of them, mostly empty.
+        original: the key as the file has it.
+        path: its components, except for those of wrappers.
+        prefixes: for each component of `path`, the prefix of wrappers in front of it, which is usually empty.
     """
 
-    full: str
-    bare: tuple[str, ...]
-    wraps: tuple[str, ...]
+    original: str
+    path: tuple[str, ...]
+    prefixes: tuple[str, ...]
 
     @classmethod
-    def of(cls, full: str) -> "_Key":
-        """Take a key apart."""
-        bare, wraps, prefix = [], [], ""
-        *inner, last = full.split(".")
+    def parse(cls, original: str) -> "_Key":
+        path, prefixes, prefix = [], [], ""
+        *inner, last = original.split(".")
         for component in inner:
             if component in WRAPPERS:
                 prefix += f"{component}."
             else:
-                bare.append(component)
-                wraps.append(prefix)
+                path.append(component)
+                prefixes.append(prefix)
                 prefix = ""
-        return cls(full, (*bare, last), (*wraps, prefix))
+        return cls(original, (*path, last), (*prefixes, prefix))
 
 
-def _agree(keys: list[_Key]) -> None:
-    """Raise CheckpointError unless all keys of a module have the same prefix of wrappers there."""
-    seen: dict[tuple[str, ...], dict[str, str]] = {}
+def _check_prefixes(keys: list[_Key]) -> None:
+    """Raise CheckpointError unless all keys of a module have the same prefix of wrappers at the module."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
     for key in keys:
-        for depth, prefix in enumerate(key.wraps):
-            seen.setdefault(key.bare[:depth], {}).setdefault(prefix, key.full)
-    for prefixes in seen.values():
+        for depth, prefix in enumerate(key.prefixes):
+            found.setdefault(key.path[:depth], {}).setdefault(prefix, key.original)
+    for prefixes in found.values():
         if len(prefixes) > 1:
             raise CheckpointError(
-                f"its keys do not agree about the prefixes of wrappers ({', '.join(f'{name}.' for name in WRAPPERS)}): "
-                f"found {some(dict.fromkeys(prefixes.values()))}"
+                f"keys of the same module have different prefixes of wrappers ({WRAPPER_PREFIXES}): "
+                f"{example_keys(dict.fromkeys(prefixes.values()))}. Save them all with the same prefix"
             )
 
 
-def _twice(bare: str, first: str, second: str) -> str:
+def _duplicate_message(path: str, first: str, second: str) -> str:
     longer = max(first, second, key=len)
-    if bare in (first, second) and longer.endswith(bare):
-        return f"{fit.shown(bare)} is in it twice, with and without `{longer.removesuffix(bare)}`"
-    return f"{fit.shown(bare)} is in it twice, as {fit.shown(first)} and as {fit.shown(second)}"
+    if path in (first, second) and longer.endswith(path):
+        return f"{fit.safe_repr(path)} occurs twice, with and without `{longer.removesuffix(path)}`: remove one of them"
+    return f"{fit.safe_repr(path)} occurs twice, as {fit.safe_repr(first)} and {fit.safe_repr(second)}: remove one"
 
 
-def _average_of(key: str) -> str | None:
-    """The prefix of the EMA copy that a key belongs to, if it belongs to one."""
+def _ema_prefix(key: str) -> str | None:
+    """Return the prefix of the EMA copy that a key belongs to, or None if it belongs to no copy.
+
+    Only the first two components that are not a wrapper's can name a copy.
+    """
     components = key.split(".")
-    seen = 0  # that are no wrapper's
+    depth = 0  # components so far that are not a wrapper's
     for number, component in enumerate(components[:-1]):
-        if component == _TOKENIZER or seen > 1:
+        if component == _TOKENIZER or depth > 1:
             return None
-        if _AVERAGE.fullmatch(component):
+        if _EMA_NAME.fullmatch(component):
             return "".join(f"{part}." for part in components[: number + 1])
-        seen += component not in WRAPPERS
+        depth += component not in WRAPPERS
     return None
 
 
-def _counts(key: str, value: object) -> bool:
-    """Whether it is what an average keeps beside the weights: its decay, or how many updates it has seen."""
+def _is_bookkeeping(key: str, value: object) -> bool:
+    """Whether an entry of an EMA copy is not a weight: its decay, or the number of its updates."""
     if "." in key:
         return False
     return not isinstance(value, Tensor) or (not value.is_nested and value.ndim < 2 and value.numel() == 1)

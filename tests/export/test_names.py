@@ -20,7 +20,7 @@ from nbp_export.request import Request
 from nbp_export.sources import find
 from nbp_reference import checkpoint
 from tests.export.support import Exported, source
-from tests.reference.test_checkpoint import averaged, lightning
+from tests.reference.test_checkpoint import halved, lightning
 from tests.support import golden_generator
 
 Exporter = Callable[..., Exported]
@@ -183,7 +183,7 @@ def test_messages_keep_their_lists_and_nothing_else_that_a_terminal_obeys() -> N
 
 def test_an_average_is_taken_or_mentioned() -> None:
     model = golden_generator("16")
-    ema = {f"model_ema.transformer.{key}": value for key, value in averaged(model).state_dict().items()}
+    ema = {f"model_ema.transformer.{key}": value for key, value in halved(model).state_dict().items()}
     data = lightning(model)
     torch.save(data | {"state_dict": data["state_dict"] | ema}, "a.ckpt")
     torch.save(data, "plain.ckpt")

@@ -1,4 +1,4 @@
-"""Loading weights: the authors' two formats at small size, our own, and what must be refused."""
+"""Loading weights: small files in the authors' two formats and in our own, and files that must be refused."""
 
 import collections
 import datetime
@@ -35,7 +35,7 @@ from nbp_reference.tokenizer import VideoTokenizer
 from tests.support import filled, small_generator
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, vocab=50, positions=1280)
-# 16 special, 60 text and, as the small tokenizer has them, 1,000 video token ids.
+# Its token ids are 16 special ones, 60 for text, and the small tokenizer's 1,000.
 HYBRID = replace(CONFIG, vocab=1076, positions=1288, condition_latents=0, text=TextCondition(8, 60))
 
 
@@ -51,12 +51,12 @@ def tokenizer() -> VideoTokenizer:
 
 @pytest.fixture
 def _small_official_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The authors' files do not describe their tokenizer; at full size it would take 1.5 GB."""
+    """Stand in for the authors' tokenizer, which no file describes and which would take 1.5 GB at full size."""
     monkeypatch.setitem(TOKENIZERS, "official", TOKENIZERS["nbp-tiny"])
 
 
 def lightning(model: NextBlockTransformer, **changes: Any) -> dict[str, Any]:
-    """What the authors' training wrote."""
+    """The content of a file that the authors' training writes; `changes` replace arguments of the training."""
     config = model.config
     args = {
         "n_layer": config.layers,
@@ -79,6 +79,7 @@ def lightning(model: NextBlockTransformer, **changes: Any) -> dict[str, Any]:
 
 
 def written(data: object, path: Path) -> Path:
+    """Save the data with torch and return the path."""
     torch.save(data, path)
     return path
 
@@ -95,7 +96,7 @@ def assert_same_weights(left: nn.Module | None, right: nn.Module) -> None:
 def test_authors_generator(
     config: ModelConfig, unused: int, inside: str | None, prefix: str, tokenizer: VideoTokenizer, tmp_path: Path
 ) -> None:
-    """Every published layout: frame prediction and hybrid, with the tokenizer inside and without."""
+    """Every published layout loads: frame prediction and hybrid, with and without the tokenizer inside."""
     generator = filled(NextBlockTransformer(config))
     data = lightning(generator)
     state = data["state_dict"] | {
@@ -118,7 +119,7 @@ def test_authors_generator(
         assert_same_weights(loaded.tokenizer, tokenizer)
 
 
-def test_what_training_leaves_in_a_file_is_ignored(generator: NextBlockTransformer, tmp_path: Path) -> None:
+def test_other_content_of_a_file_is_ignored(generator: NextBlockTransformer, tmp_path: Path) -> None:
     data = lightning(generator) | {
         "pytorch-lightning_version": "1.9.0",
         "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 4, "completed": 3}}}},
@@ -132,7 +133,7 @@ def test_what_training_leaves_in_a_file_is_ignored(generator: NextBlockTransform
     assert_same_weights(checkpoint.load(written(data, tmp_path / "a.ckpt")).generator, generator)
 
 
-def test_arguments_that_are_missing_are_what_the_authors_code_takes(
+def test_missing_arguments_have_the_defaults_of_the_authors_code(
     generator: NextBlockTransformer, tmp_path: Path
 ) -> None:
     data = lightning(generator)
@@ -175,7 +176,7 @@ def slices(state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("change", [transposed, parameters, shared, slices])
-def test_weights_may_lie_in_a_file_as_they_like(
+def test_weights_load_whatever_their_storage(
     change: Callable[[dict[str, Tensor]], None], generator: NextBlockTransformer, tmp_path: Path
 ) -> None:
     data = lightning(generator)
@@ -189,9 +190,9 @@ def test_weights_may_lie_in_a_file_as_they_like(
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.safetensors", "a.zip", "a.onnx", "a", "a.b.c"])
 def test_a_file_may_be_called_anything(name: str, generator: NextBlockTransformer, tmp_path: Path) -> None:
-    theirs = checkpoint.load(written(lightning(generator), tmp_path / name))
-    assert_same_weights(theirs.generator, generator)
-    assert not theirs.exact_block
+    authors = checkpoint.load(written(lightning(generator), tmp_path / name))
+    assert_same_weights(authors.generator, generator)
+    assert not authors.exact_block
     checkpoint.save(small_generator("1x2x2"), tmp_path / "new")
     ours = checkpoint.load((tmp_path / "new").rename(tmp_path / name))
     assert_same_weights(ours.generator, filled(small_generator("1x2x2")).half().float())
@@ -207,8 +208,8 @@ from nbp_reference.config import BlockShape
 def peak(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
 
-checkpoint.bundled(BlockShape(1, 1, 1))  # what is imported on first use
-open("/proc/self/clear_refs", "w").write("5")  # the highest so far is that of now
+checkpoint.bundled(BlockShape(1, 1, 1))  # imports what loading needs
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak to the present size
 before = peak("VmRSS")
 loaded = checkpoint.load(Path(sys.argv[1]))
 print(peak("VmHWM") - before, sum(p.numel() for p in loaded.generator.parameters()) * 4 / 2**20)
@@ -218,7 +219,10 @@ print(peak("VmHWM") - before, sum(p.numel() for p in loaded.generator.parameters
 @pytest.mark.skipif(sys.platform != "linux", reason="measures through /proc")
 @pytest.mark.parametrize(("kind", "copies"), [("fp32", 1.0), ("fp16", 1.5), ("safetensors", 1.5)])
 def test_loading_takes_no_second_copy_of_the_weights(kind: str, copies: float, tmp_path: Path) -> None:
-    """Once as they lie in the file, mapped, and once in fp32 where they are not; less than a tenth beside that."""
+    """The weights are in memory once as mapped from the file, and once more in fp32 if the file has another dtype.
+
+    Everything else takes less than a tenth of their size.
+    """
     path = tmp_path / "a.ckpt"
     model = NextBlockTransformer(ModelConfig(layers=12, width=512, heads=8, vocab=2000, positions=1280))
     if kind == "safetensors":
@@ -264,7 +268,7 @@ def test_authors_tokenizer(tokenizer: VideoTokenizer, tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_a_loaded_tokenizer_encodes_the_same(tmp_path: Path) -> None:
-    half = filled(VideoTokenizer(TOKENIZERS["nbp-tiny"])).half().float()  # what fp16 weights can hold
+    half = filled(VideoTokenizer(TOKENIZERS["nbp-tiny"])).half().float()  # weights that fp16 represents exactly
     checkpoint.save(half, tmp_path / "tokenizer.safetensors")
     loaded = checkpoint.load(tmp_path / "tokenizer.safetensors").tokenizer
     assert loaded is not None
@@ -305,7 +309,7 @@ def test_metadata_that_describes_no_model_is_refused(
         checkpoint.load(path)
 
 
-def test_a_stranger_s_safetensors_is_refused(tmp_path: Path) -> None:
+def test_safetensors_of_other_programs_are_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="names neither a generator nor a tokenizer"):
         checkpoint.load(tmp_path / "a.safetensors")
@@ -313,7 +317,7 @@ def test_a_stranger_s_safetensors_is_refused(tmp_path: Path) -> None:
 
 def test_the_bundled_model_is_the_one_for_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
-    with pytest.raises(CheckpointError, match="there are: none"):
+    with pytest.raises(CheckpointError, match="bundled shapes: none"):
         checkpoint.bundled(BlockShape(1, 1, 4))
     checkpoint.save(filled(VideoTokenizer(TOKENIZERS["nbp-tiny"])), tmp_path / "tokenizer.safetensors")
     for block in ("2x2x2", "1x1x4"):
@@ -321,11 +325,11 @@ def test_the_bundled_model_is_the_one_for_the_block(tmp_path: Path, monkeypatch:
     generator, tokenizer = checkpoint.bundled(BlockShape(1, 1, 4))
     assert generator.config == small_generator("1x1x4").config
     assert tokenizer.config == TOKENIZERS["nbp-tiny"]
-    with pytest.raises(CheckpointError, match=r"block 1x4x4; there are: (1x1x4, 2x2x2|2x2x2, 1x1x4)"):
+    with pytest.raises(CheckpointError, match=r"block 1x4x4; bundled shapes: (1x1x4, 2x2x2|2x2x2, 1x1x4)"):
         checkpoint.bundled(BlockShape(1, 4, 4))
 
 
-# What wrappers make of a key of the authors': outside of everything, around the generator, around each layer.
+# How wrappers change the authors' keys, as pattern and replacement: around the whole module, the generator or a layer.
 WRAPPED: dict[str, tuple[str, str]] = {
     "compiled": ("^", "_orig_mod."),
     "compiled_inside": ("^transformer.", "transformer._orig_mod."),
@@ -373,18 +377,18 @@ def test_generator_and_tokenizer_may_be_wrapped_differently(
     assert_same_weights(loaded.tokenizer, tokenizer)
 
 
-DISAGREEING: dict[str, tuple[str, str, list[str]]] = {
+DIFFERENT_PREFIXES: dict[str, tuple[str, str, list[str]]] = {
     "one_key_has_it": (
         r"^transformer\.head",
         "_orig_mod.transformer.head",
-        ["do not agree", "'transformer.pos_emb'", "'_orig_mod.transformer.head.weight'"],
+        ["different prefixes", "'transformer.pos_emb'", "'_orig_mod.transformer.head.weight'"],
     ),
     "one_key_of_a_layer": (
         r"(blocks\.1)\.ln1\.bias",
         r"\1._orig_mod.ln1.bias",
-        ["do not agree", "'transformer.blocks.1._orig_mod.ln1.bias'"],
+        ["different prefixes", "'transformer.blocks.1._orig_mod.ln1.bias'"],
     ),
-    "a_prefix_that_nobody_knows": (
+    "an_unknown_prefix": (
         "^",
         "net.",
         ["no weights of a generator", "'net.transformer.tok_emb.weight'", "and 34 more"],
@@ -392,9 +396,9 @@ DISAGREEING: dict[str, tuple[str, str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", DISAGREEING)
-def test_keys_that_do_not_agree_are_shown(case: str, generator: NextBlockTransformer, tmp_path: Path) -> None:
-    pattern, replacement, parts = DISAGREEING[case]
+@pytest.mark.parametrize("case", DIFFERENT_PREFIXES)
+def test_keys_with_different_prefixes_are_listed(case: str, generator: NextBlockTransformer, tmp_path: Path) -> None:
+    pattern, replacement, parts = DIFFERENT_PREFIXES[case]
     data = lightning(generator)
     data["state_dict"] = {re.sub(pattern, replacement, key): value for key, value in data["state_dict"].items()}
     with pytest.raises(CheckpointError) as error:
@@ -402,7 +406,8 @@ def test_keys_that_do_not_agree_are_shown(case: str, generator: NextBlockTransfo
     assert not [part for part in parts if part not in error.value.message], error.value.message
 
 
-def averaged(model: NextBlockTransformer) -> NextBlockTransformer:
+def halved(model: NextBlockTransformer) -> NextBlockTransformer:
+    """A model that stands for the EMA copy of another: half its weights."""
     copy = NextBlockTransformer(model.config).eval()
     copy.load_state_dict({key: value * 0.5 for key, value in model.state_dict().items()})
     return copy
@@ -412,9 +417,10 @@ def dotless(key: str) -> str:
     return key.replace(".", "")
 
 
-# Where training code keeps an average of the weights: among the keys of the state dict, or beside it.
+# Where training code keeps an EMA copy of the weights, and the name under which it is found: among the keys of the
+# state dict, or beside it.
 Layout = Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]
-AVERAGES: dict[str, tuple[str, Layout]] = {
+EMA_LAYOUTS: dict[str, tuple[str, Layout]] = {
     "buffers_without_dots": (
         "model_ema.",
         lambda data, ema: inside(data, {f"model_ema.{dotless(key)}": value for key, value in ema.items()}),
@@ -449,6 +455,7 @@ AVERAGES: dict[str, tuple[str, Layout]] = {
 
 
 def inside(data: dict[str, Any], copy: dict[str, Tensor]) -> dict[str, Any]:
+    """Add an EMA copy, with its decay and counters, to the keys of the state dict."""
     name = next(iter(copy)).partition("ema")[0] + "ema."
     counts = {f"{name}decay": torch.tensor(0.999), f"{name}num_updates": torch.tensor(7)}
     if name not in next(iter(copy)):
@@ -457,19 +464,19 @@ def inside(data: dict[str, Any], copy: dict[str, Tensor]) -> dict[str, Any]:
     return data | {"state_dict": counts | data["state_dict"] | copy}
 
 
-@pytest.mark.parametrize("case", AVERAGES)
-def test_an_average_beside_the_weights(case: str, generator: NextBlockTransformer, tmp_path: Path) -> None:
-    name, layout = AVERAGES[case]
-    ema = averaged(generator)
+@pytest.mark.parametrize("case", EMA_LAYOUTS)
+def test_an_ema_copy_beside_the_weights(case: str, generator: NextBlockTransformer, tmp_path: Path) -> None:
+    name, layout = EMA_LAYOUTS[case]
+    ema = halved(generator)
     path = written(layout(lightning(generator), dict(ema.state_dict())), tmp_path / "a.ckpt")
-    plain, taken = checkpoint.load(path), checkpoint.load(path, ema=True)
-    assert plain.averages == taken.averages == (name,)
+    plain, averaged = checkpoint.load(path), checkpoint.load(path, ema=True)
+    assert plain.ema_copies == averaged.ema_copies == (name,)
     assert_same_weights(plain.generator, generator)
-    assert_same_weights(taken.generator, ema)
+    assert_same_weights(averaged.generator, ema)
 
 
-def test_an_average_that_is_not_there_or_not_whole(generator: NextBlockTransformer, tmp_path: Path) -> None:
-    data, ema = lightning(generator), dict(averaged(generator).state_dict())
+def test_a_missing_or_incomplete_ema_copy_is_refused(generator: NextBlockTransformer, tmp_path: Path) -> None:
+    data, ema = lightning(generator), dict(halved(generator).state_dict())
     copy = {f"ema.{key}": value for key, value in ema.items()}
 
     def refused(changes: dict[str, Any], message: str, ema: bool = True) -> None:
@@ -481,7 +488,7 @@ def test_an_average_that_is_not_there_or_not_whole(generator: NextBlockTransform
     refused({"ema": {"other.weight": torch.zeros(2)}}, "holds no EMA copy")
     refused({"ema": {"shadow_params": [*ema.values()]}}, "holds no EMA copy")
     refused({"ema_1": ema, "ema_2": ema}, "several EMA copies of the weights, 'ema_1', 'ema_2'")
-    refused({"state_dict": copy}, "all weights in it are an EMA copy, 'ema.': --ema takes it", ema=False)
+    refused({"state_dict": copy}, "all weights in it belong to an EMA copy, 'ema.': give --ema", ema=False)
     del copy["ema.ln_f.bias"]
     refused({"state_dict": data["state_dict"] | copy}, r"ln_f\.bias: expected \[32\], found nothing")
     checkpoint.save(generator, tmp_path / "a.safetensors")
@@ -490,18 +497,18 @@ def test_an_average_that_is_not_there_or_not_whole(generator: NextBlockTransform
 
 
 @pytest.mark.usefixtures("_small_official_tokenizer")
-def test_an_average_of_a_tokenizer(tokenizer: VideoTokenizer, tmp_path: Path) -> None:
+def test_an_ema_copy_of_a_tokenizer(tokenizer: VideoTokenizer, tmp_path: Path) -> None:
     state = {f"module.{key}": value for key, value in tokenizer.state_dict().items()}
     ema = {key: value * 2 for key, value in state.items()}
     path = written({"model_state_dict": state, "ema_state_dict": ema}, tmp_path / "a.pt")
     assert_same_weights(checkpoint.load(path).tokenizer, tokenizer)
-    taken = checkpoint.load(path, ema=True).tokenizer
-    assert taken is not None
+    averaged = checkpoint.load(path, ema=True).tokenizer
+    assert averaged is not None
     first = next(iter(tokenizer.state_dict()))
-    assert torch.equal(taken.state_dict()[first], tokenizer.state_dict()[first] * 2)
+    assert torch.equal(averaged.state_dict()[first], tokenizer.state_dict()[first] * 2)
 
 
-# What people's arguments hold besides numbers; none of it is needed, and none of it is code.
+# Objects that arguments of a training may contain besides numbers; no model needs them, and none is code.
 HARMLESS: dict[str, object] = {
     "numpy_float": np.float64(1e-4),
     "numpy_float_of_32_bits": np.float32(0.5),
@@ -554,20 +561,20 @@ def test_harmless_objects(case: str, place: str, generator: NextBlockTransformer
 def test_harmless_objects_as_other_versions_write_them(
     names: str, generator: NextBlockTransformer, tmp_path: Path
 ) -> None:
-    """numpy 1 and Python 3.13 have other names for the same constructors."""
-    ours = {"numpy.core.multiarray": "numpy._core.multiarray", "pathlib._local": "pathlib"}[names]
+    """numpy 1 and Python 3.13 have different names for the same constructors."""
+    present = {"numpy.core.multiarray": "numpy._core.multiarray", "pathlib._local": "pathlib"}[names]
     path = written(lightning(generator, lr=np.float64(1), root=Path("/x")), tmp_path / "a.ckpt")
     with ZipFile(path) as archive:
         entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
-    theirs = entries["a/data.pkl"].replace(f"c{ours}\n".encode(), f"c{names}\n".encode())
-    assert theirs != entries["a/data.pkl"]
+    renamed = entries["a/data.pkl"].replace(f"c{present}\n".encode(), f"c{names}\n".encode())
+    assert renamed != entries["a/data.pkl"]
     with ZipFile(path, "w") as archive:
-        for name, content in (entries | {"a/data.pkl": theirs}).items():
+        for name, content in (entries | {"a/data.pkl": renamed}).items():
             archive.writestr(name, content)
     assert_same_weights(checkpoint.load(path).generator, generator)
 
 
-def test_numbers_of_numpys_count_as_numbers(generator: NextBlockTransformer, tmp_path: Path) -> None:
+def test_numpy_scalars_count_as_numbers(generator: NextBlockTransformer, tmp_path: Path) -> None:
     changes = {"n_layer": np.int64(2), "n_head": np.uint8(4), "hybrid": np.False_, "unconditional": np.True_}
     data = lightning(generator, **changes, token_number_per_step=np.array([16], ">i4")[0])
     loaded = checkpoint.load(written(data, tmp_path / "a.ckpt"))
@@ -576,7 +583,7 @@ def test_numbers_of_numpys_count_as_numbers(generator: NextBlockTransformer, tmp
     for name, value, message in [
         ("n_layer", np.float64(2), "n_layer is 2.0, expected a positive integer"),
         ("n_layer", np.array([2]), "n_layer is an object, expected a number"),
-        ("hybrid", np.array([0]), "hybrid is an object, expected a number or true or false"),
+        ("hybrid", np.array([0]), "hybrid is an object, expected a number or a boolean"),
         ("unconditional", np.str_("no"), "unconditional is an object"),
     ]:
         with pytest.raises(CheckpointError, match=message):
@@ -601,7 +608,7 @@ def test_numbers_of_numpys_count_as_numbers(generator: NextBlockTransformer, tmp
     ids=ascii,
 )
 @pytest.mark.parametrize("kind", ["authors", "ours"])
-def test_any_name(
+def test_a_file_name_may_have_any_characters(
     name: str, kind: str, generator: NextBlockTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "authors":
@@ -627,7 +634,7 @@ def test_saving_respects_the_umask(umask: int, mode: int, generator: NextBlockTr
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
 
 
-def test_saving_where_there_is_no_room_leaves_nothing(
+def test_saving_on_a_full_disk_leaves_no_partial_file(
     generator: NextBlockTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, _: Path) -> None:

@@ -1,3 +1,5 @@
+"""Block shapes, and the configs of generators and tokenizers."""
+
 from math import prod
 
 import numpy as np
@@ -24,7 +26,7 @@ blocks = st.builds(BlockShape, sides, sides, sides)
 
 @st.composite
 def tilings(draw: st.DrawFn) -> tuple[BlockShape, Latent]:
-    """A block and a latent that copies of it fill."""
+    """A block and a latent that it tiles."""
     block = draw(blocks)
     t, h, w = (draw(st.integers(1, 4)) for _ in range(3))
     return block, Latent(block.t * t, block.h * h, block.w * w)
@@ -59,7 +61,7 @@ def test_other_texts_are_refused_with_an_example(text: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["17", "24", "40", "300"])
-def test_a_size_that_leaves_a_row_or_frame_unfinished_is_refused(size: str) -> None:
+def test_a_size_that_does_not_fill_whole_rows_or_frames_is_refused(size: str) -> None:
     with pytest.raises(BlockShapeError, match="does not fill whole rows or frames of a 5x16x16 latent"):
         BlockShape.parse(size, LATENT)
 
@@ -99,7 +101,7 @@ def test_a_block_must_tile_the_condition_and_the_prediction() -> None:
     assert even.with_block("2x2x2").block.size == 8
 
 
-def test_a_block_shape_error_is_a_usage_error() -> None:
+def test_a_block_shape_error_exits_with_2() -> None:
     assert BlockShapeError("").exit_code == 2
 
 
@@ -133,7 +135,7 @@ def test_tokenizer_sizes() -> None:
     assert config.latent(5, 128, 128) == Latent(2, 16, 16)
     assert [config.frames(t) for t in (1, 2, 5)] == [1, 5, 17]
     for size in ((16, 128, 128), (17, 100, 128), (17, 128, 100)):
-        with pytest.raises(ValueError, match="1 \\+ 4n frames, sides in multiples of 8, 8"):
+        with pytest.raises(ValueError, match=r"1 \+ 4n frames, a height divisible by 8 and a width divisible by 8"):
             config.latent(*size)
 
 

@@ -1,4 +1,4 @@
-"""The authors' implementation, by its recorded inputs and outputs."""
+"""The reference reproduces recorded outputs of the authors' implementation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The generator: sizes, mask, caches."""
+"""The generator's size, its mask and its caches."""
 
 from math import prod
 
@@ -19,7 +19,7 @@ from nbp_reference.model import (
 )
 from tests.support import filled, golden_hybrid, small_generator
 
-# One token, part of a row, a row, a square, a frame, and blocks two frames deep.
+# A token, part of a row, a row, a square, a frame, and blocks of two frames.
 BLOCKS = ["1x1x1", "1x1x2", "1x1x4", "1x2x2", "1x4x4", "2x1x2", "2x2x2", "2x4x4"]
 
 
@@ -34,7 +34,7 @@ BLOCKS = ["1x1x1", "1x1x2", "1x1x4", "1x2x2", "1x4x4", "2x1x2", "2x2x2", "2x4x4"
         ("nbp-3b-hybrid", 96_016, 4_230_813_696),
     ],
 )
-def test_parameter_counts_are_the_published_models(name: str, vocab: int, parameters: int) -> None:
+def test_parameter_counts_are_those_of_the_published_models(name: str, vocab: int, parameters: int) -> None:
     assert MODELS[name].vocab == vocab
     with torch.device("meta"):
         model = NextBlockTransformer(MODELS[name])
@@ -42,7 +42,7 @@ def test_parameter_counts_are_the_published_models(name: str, vocab: int, parame
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_block_mask_is_the_papers_formula(size: int) -> None:
+def test_block_mask_follows_the_papers_formula(size: int) -> None:
     config = ModelConfig(1, 8, 1, latent=Latent(2, 2, 12), block=BlockShape(1, 1, size))
     mask = block_mask(torch.tensor([[0, 1, 5, 8], [3, 4, 11, 2]]), 12, config)
     assert mask.shape == (2, 1, 4, 12)
@@ -51,23 +51,23 @@ def test_block_mask_is_the_papers_formula(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_the_hybrids_mask_is_the_papers_formula(size: int) -> None:
+def test_the_hybrids_mask_follows_the_papers_formula(size: int) -> None:
     P, L = 8, size
     config = ModelConfig(1, 8, 1, condition_latents=0, block=BlockShape(1, 1, size), text=TextCondition(P, 9))
 
     def block_of(i: int) -> int:
         return (i - P - L) // L
 
-    def seen(i: int, j: int) -> bool:
+    def is_visible(i: int, j: int) -> bool:
         return j < P or j <= i or (i >= P + L and j >= P + L and block_of(j) <= block_of(i))
 
     mask = block_mask(torch.arange(40)[None], 40, config)
-    assert mask[0, 0].tolist() == [[seen(i, j) for j in range(40)] for i in range(40)]
+    assert mask[0, 0].tolist() == [[is_visible(i, j) for j in range(40)] for i in range(40)]
 
 
 @pytest.mark.parametrize("block", ["1x1x1", "1x1x4", "2x2x2"])
 @torch.inference_mode()
-def test_a_token_reaches_its_own_block_and_later_ones_only(block: str) -> None:
+def test_a_token_affects_only_its_own_block_and_later_ones(block: str) -> None:
     model = small_generator(block)
     tokens = torch.arange(48)[None] % 50
     changed = tokens.clone()
@@ -77,7 +77,7 @@ def test_a_token_reaches_its_own_block_and_later_ones_only(block: str) -> None:
 
 
 def garbage_caches(model: NextBlockTransformer, batch: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Caches that hold large finite numbers, other ones in every slot and in K and V."""
+    """Caches that hold large finite numbers, which differ in every slot and between K and V."""
     rng = torch.Generator().manual_seed(0)
     k, v = ([torch.randn(x.shape, generator=rng) * 1e4 for x in caches] for caches in model.empty_caches(batch))
     return k, v
@@ -109,7 +109,7 @@ SIDES = st.integers(1, 3)
 def test_cached_steps_equal_the_full_forward_for_every_shape_that_tiles(
     block: tuple[int, int, int], counts: tuple[int, int, int], hybrid: bool, prefix: int
 ) -> None:
-    """Latents of up to 9x9x9 in blocks of any shape, trained on in one pass and generated step by step."""
+    """The training pass and the cached steps agree for latents of up to 9x9x9 and blocks of any shape."""
     latent = Latent(*(b * n for b, n in zip(block, counts, strict=True)))
     given_latents = 0 if hybrid else block[0] * (counts[0] // 2)
     assume(hybrid or given_latents)
@@ -135,8 +135,8 @@ def test_cached_steps_equal_the_full_forward_for_every_shape_that_tiles(
         out, k, v = model.block_step(read[:, start : start + n], torch.full((2,), start), k, v, write=tensor_scatter_)
         logits.append(out)
         start += n
-    due = full[:, first:] if hybrid else full[:, first - shape.size :]
-    torch.testing.assert_close(torch.cat(logits[1:] if hybrid else logits, 1), due, atol=1e-4, rtol=1e-4)
+    expected = full[:, first:] if hybrid else full[:, first - shape.size :]
+    torch.testing.assert_close(torch.cat(logits[1:] if hybrid else logits, 1), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_hybrid_reads_its_text_special_tokens_and_all_but_the_last_block() -> None:
@@ -167,7 +167,7 @@ def test_rows_of_a_batch_keep_their_own_positions(block: str) -> None:
         torch.testing.assert_close(logits[row], full[row, n : n + step], atol=1e-4, rtol=1e-4)
 
 
-def test_tensor_scatter_is_pure_and_its_twin_writes_in_place() -> None:
+def test_tensor_scatter_is_pure_and_tensor_scatter__writes_in_place() -> None:
     rng = torch.Generator().manual_seed(0)
     cache, update = torch.randn(2, 3, 8, 4, generator=rng), torch.randn(2, 3, 2, 4, generator=rng)
     before, positions = cache.clone(), torch.tensor([1, 6])
@@ -179,7 +179,7 @@ def test_tensor_scatter_is_pure_and_its_twin_writes_in_place() -> None:
     assert torch.equal(cache, expected)
 
 
-def test_tensor_scatter_keeps_the_rules_for_operators() -> None:
+def test_tensor_scatter_passes_the_checks_for_custom_operators() -> None:
     torch.library.opcheck(tensor_scatter, (torch.zeros(2, 3, 8, 4), torch.ones(2, 3, 2, 4), torch.tensor([1, 6])))
 
 

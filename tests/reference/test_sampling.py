@@ -1,4 +1,4 @@
-"""Drawing tokens, against the definition worked out token by token in Python's own floats."""
+"""Sampling, compared with the definition computed token by token in Python floats."""
 
 from math import exp, fsum
 
@@ -14,7 +14,7 @@ logit_lists = st.lists(st.integers(-6, 6).map(float), min_size=1, max_size=12)
 
 
 def kept_probabilities(logits: list[float], temperature: float, top_k: int, top_p: float) -> dict[int, float]:
-    """The probability of every token that top-k, then top-p keep, by the definition."""
+    """The probability of every token that top-k and then top-p keep, by their definitions."""
     smallest = sorted(logits, reverse=True)[: min(top_k, len(logits))][-1]
     weights = {i: exp((x - max(logits)) / temperature) for i, x in enumerate(logits) if x >= smallest}
     total, kept, reached = fsum(weights.values()), {}, 0.0
@@ -35,7 +35,7 @@ def test_evenly_spread_noise_draws_each_token_in_proportion(
     draws = 2000
     uniforms = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     tokens = sample(torch.tensor(logits).expand(draws, -1), uniforms, temperature, top_k, top_p)
-    assert (tokens.diff() >= 0).all(), "the inverse of the distribution, in vocabulary order"
+    assert (tokens.diff() >= 0).all(), "the inverse of the cumulative distribution is in vocabulary order"
     counts = torch.bincount(tokens, minlength=len(logits)).tolist()
     kept = kept_probabilities(logits, temperature, top_k, top_p)
     for token, drawn in enumerate(counts):

@@ -1,4 +1,4 @@
-"""The video tokenizer: size, causality, quantisation."""
+"""The video tokenizer's size, causality and quantisation."""
 
 from math import atanh, prod, tan
 
@@ -27,7 +27,7 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def test_parameter_counts_are_the_published_tokenizers() -> None:
+def test_parameter_counts_are_those_of_the_published_tokenizer() -> None:
     with torch.device("meta"):
         model = VideoTokenizer(TOKENIZERS["official"])
     assert count(model.encoder_layers) == 144_886_790
@@ -42,7 +42,7 @@ def test_shapes_and_ranges(tiny: VideoTokenizer, video: Tensor) -> None:
     assert tokens.shape == (2, 5 * 4 * 6)
     assert tokens.min() >= 0
     assert tokens.max() < tiny.config.vocab
-    assert len(tokens.unique()) > 20, "the weights must spread the codes, or the tests below see little"
+    assert len(tokens.unique()) > 20, "the tests below need weights that use many codes"
     again = tiny.decode(tokens, Latent(5, 4, 6))
     assert again.shape == video.shape
     assert again.min() == 0
@@ -105,7 +105,7 @@ def test_fsq_indices_and_codes_are_inverse(levels: tuple[int, ...], data: st.Dat
         digit, rest = rest % level, rest // level
         number = digit - level // 2
         assert code == pytest.approx(number / (level // 2))
-        # A latent that the paper's bound, tanh(z+s)·h − o, puts on this level, or just inside the outermost.
+        # A latent that the paper's bound, tanh(z+s)·h − o, maps to this level, or just inside an outermost one.
         height = (level - 1) * (1 - 1e-3) / 2
         offset = 0.5 * (level % 2 == 0)
         z.append(atanh(max(-0.9999, min(0.9999, (number + offset) / height))) - shift)
@@ -145,7 +145,7 @@ def test_the_gradient_passes_through_the_rounding() -> None:
 
 
 @torch.inference_mode()
-def test_a_half_precision_tokenizer_keeps_its_type(video: Tensor) -> None:
+def test_a_half_precision_tokenizer_keeps_its_dtype(video: Tensor) -> None:
     model = filled(VideoTokenizer(TOKENIZERS["nbp-tiny"])).bfloat16()
     tokens = model.encode(video[:, :, :5].bfloat16())
     assert tokens.max() < model.config.vocab
