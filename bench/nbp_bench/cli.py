@@ -47,6 +47,7 @@ class BenchCommands(Commands):
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="The video tokenizer, for checkpoints that hold none."
 )
+@click.option("--ema", is_flag=True, help="Take the EMA copy of the weights that a checkpoint holds beside them.")
 @click.option(
     "--weights", type=click.Choice(["random"]), help="Use random weights for the named model, to measure speed only."
 )
@@ -219,6 +220,7 @@ def _models(
     model: str | None,
     checkpoint: tuple[str, ...],
     tokenizer: Path | None,
+    ema: bool,
     weights: str | None,
     timing_only: bool,
 ) -> "list[Subject]":
@@ -249,9 +251,11 @@ def _models(
     # A block without a checkpoint is timed with random weights of the same architecture.
     architecture = next(iter(files.values()), None)
     requests = [
-        Request(None, files[block], tokenizer, None, block, timing_only)
+        Request(None, files[block], tokenizer, None, block, timing_only, ema=ema)
         if block in files
-        else Request(model, architecture, tokenizer, "random" if architecture else weights, block, or_random=True)
+        else Request(
+            model, architecture, tokenizer, "random" if architecture else weights, block, or_random=True, ema=ema
+        )
         for block in block_texts
     ]
     return [Subject(request) for request in requests]
@@ -310,7 +314,9 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @click.option("--top-k", type=click.IntRange(1), help="[default: the bundle's]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_number, help="[default: the bundle's]")
-@click.option("--threads", type=click.IntRange(1), help="Threads per operator.  [default: the runtime's own]")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads per operator.  [default: the runtime's own]"
+)
 @click.option(
     "--runtime", type=RuntimeName(), help=f"{runtime_help()}.  [default: the one the bundle was exported for]"
 )

@@ -99,6 +99,7 @@ def test_a_refusal_is_a_sentence(engine: str, dtype: str, device: str, why: str)
         (["--sizes", "16", "--checkpoint", "model.ckpt"], "is not BLOCK=FILE"),
         (["--blocks", "1x4x4", "--checkpoint", "16=a.ckpt"], "which is not measured: choose among 1x4x4"),
         (["--bundle", "tiny", "--dtype", "fp16"], "the dtype and the batch of a bundle are fixed: leave out --dtype"),
+        (["--bundle", "tiny", "--ema"], "a bundle already holds its model: leave out --ema"),
         (["--bundle", "tiny", "--model", "nbp-xl"], "a bundle already holds its model: leave out --model"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
@@ -122,6 +123,15 @@ def test_spaces_do_not_count_and_a_repeated_block_counts_once(
     assert [str(subject) for subject in plans[0].subjects] == ["1x1x16", "1x16x16"]
     assert [engine.name for engine in plans[0].engines] == ["eager", "ort-cpu"]
     assert plans[0].batches == [1, 2]
+
+
+def test_the_ema_copy_is_taken_from_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr("nbp_bench.run.check_golden", lambda: None)
+    monkeypatch.setattr("nbp_bench.run.run", plans.append)
+    options = ["--sizes", "16,256", "--checkpoint", "16=a.ckpt", "--ema", "--out", str(tmp_path)]
+    assert CliRunner().invoke(main, options).exit_code == 0
+    assert [subject.request.ema for subject in plans[0].subjects if subject.request] == [True, True]
 
 
 def test_a_folder_that_cannot_hold_results_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
