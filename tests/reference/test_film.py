@@ -19,7 +19,7 @@ from tests.reference.test_clips import frame_numbers
 
 QUADRANTS = np.array([[220, 40, 40], [40, 200, 40], [40, 60, 220], [235, 235, 235]], np.uint8)
 ONE = 2**16
-# For each orientation: where the file's matrix maps (1, 0) and (0, 1), y downwards, and the quadrants as shown, by rows.
+# For each orientation: where the file's matrix maps (1, 0) and (0, 1), y downwards, and the quadrants as shown.
 ORIENTATIONS = {
     "as stored": ((1, 0), (0, 1), [0, 1, 2, 3]),
     "mirrored": ((-1, 0), (0, 1), [1, 0, 3, 2]),
