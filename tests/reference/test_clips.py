@@ -18,7 +18,7 @@ COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
 
 
 def write(path: Path, width: int, height: int) -> Path:
-    """A video of three frames, each with an upper half in its colour and a black lower half."""
+    """A video of three frames, each with a coloured upper half and a black lower half."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=10)
         stream.width, stream.height, stream.pix_fmt = width, height, "bgr0"
@@ -39,7 +39,10 @@ def film(
     codec: str = "libx264",
     turned: int | None = None,
 ) -> Path:
-    """A video of grey frames, ever lighter (see `brightness`), black in the lower left, at times in milliseconds."""
+    """A video of grey frames with a black lower left quarter, each lighter than the last (see `level`).
+
+    `times` are those of the frames, in milliseconds.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream(
             codec, rate=rate, options={"crf": "1"} if codec == "libx264" else {"qmin": "2", "qmax": "2"}
@@ -63,12 +66,12 @@ def film(
 
 
 def level(i: int) -> int:
-    """The brightness of a film's frame; it begins anew after 20."""
+    """The brightness of a film's frame; it repeats every 20 frames."""
     return 30 + 11 * (i % 20)
 
 
-def shown(video: np.ndarray) -> list[int]:
-    """Which of a film's first twenty frames each of these is, [F,3,H,W]."""
+def frame_numbers(video: np.ndarray) -> list[int]:
+    """The number in its film of each frame of a video [F,3,H,W], modulo 20."""
     return [round((float(frame[:, 0].mean()) - 30) / 11) for frame in video]
 
 
@@ -82,7 +85,7 @@ def test_read_scales_the_shorter_side(width: int, height: int, shape: tuple[int,
     assert lower.max() < 3
 
 
-def test_read_refuses_what_is_no_video(tmp_path: Path) -> None:
+def test_read_refuses_other_files(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     for content in (b"not a video" * 100, b"", film(tmp_path / "b.mp4").read_bytes()[:500]):
         path.write_bytes(content)
@@ -94,7 +97,7 @@ def test_read_refuses_what_is_no_video(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.h264", "a.mpg", "a.avi"])
 @pytest.mark.parametrize("start", [0.0, 0.4, 14.0])
-def test_a_part_is_what_the_whole_has_there(name: str, start: float, tmp_path: Path) -> None:
+def test_a_part_has_the_same_frames_as_the_whole(name: str, start: float, tmp_path: Path) -> None:
     codec = {".mpg": "mpeg1video", ".avi": "mpeg4"}.get(Path(name).suffix, "libx264")
     path = film(tmp_path / name, frames=400, rate=25, codec=codec)
     whole = clips.read(path, side=24)
@@ -105,10 +108,10 @@ def test_a_part_is_what_the_whole_has_there(name: str, start: float, tmp_path: P
     assert part.rate == part.filmed_rate == 25
     assert not part.resampled
     assert np.array_equal(part.frames, whole[first : first + 6])
-    assert shown(part.frames) == [(first + i) % 20 for i in range(6)]
+    assert frame_numbers(part.frames) == [(first + i) % 20 for i in range(6)]
 
 
-def test_what_is_not_needed_is_not_decoded(tmp_path: Path) -> None:
+def test_frames_outside_the_part_are_not_decoded(tmp_path: Path) -> None:
     path = film(tmp_path / "a.mp4", frames=600, rate=10)
     intact = [clips.footage(path, 24, 6, start).frames for start in (0.0, 55.0)]
     content = bytearray(path.read_bytes())
@@ -116,9 +119,9 @@ def test_what_is_not_needed_is_not_decoded(tmp_path: Path) -> None:
     content[middle] = bytes(middle.stop - middle.start)
     path.write_bytes(content)
     for start, expected in zip((0.0, 55.0), intact, strict=True):
-        found = clips.footage(path, 24, 6, start)
-        assert np.array_equal(found.frames, expected)
-        assert found.faults == ()
+        part = clips.footage(path, 24, 6, start)
+        assert np.array_equal(part.frames, expected)
+        assert part.faults == ()
     assert 12 < len(clips.read(path, 24)) < 500
 
 
@@ -132,49 +135,51 @@ def test_what_is_not_needed_is_not_decoded(tmp_path: Path) -> None:
         ("25", [3, 3, 4, 4, 4, 5, 5, 6]),
     ],
 )
-def test_another_rate_leaves_out_or_repeats(rate: str, expected: list[int], tmp_path: Path) -> None:
-    found = clips.footage(film(tmp_path / "a.mp4"), 24, len(expected), expected[0] / 10, Fraction(rate))
-    assert found.resampled
-    assert found.filmed_rate == 10
-    assert found.rate == Fraction(rate)
-    assert shown(found.frames) == expected
+def test_another_rate_leaves_out_or_repeats_frames(rate: str, expected: list[int], tmp_path: Path) -> None:
+    footage = clips.footage(film(tmp_path / "a.mp4"), 24, len(expected), expected[0] / 10, Fraction(rate))
+    assert footage.resampled
+    assert footage.filmed_rate == 10
+    assert footage.rate == Fraction(rate)
+    assert frame_numbers(footage.frames) == expected
 
 
 def test_a_varying_rate_is_made_constant(tmp_path: Path) -> None:
     times = [0, 100, 200, 600, 700, 1100, 1200, 1300, 1400, 1500, 1600]
     path = film(tmp_path / "a.mkv", len(times), times=times)
-    found = clips.footage(path, 24, len(times))
-    assert found.resampled
-    assert found.rate == found.filmed_rate == pytest.approx(6.25)
-    # What is seen every 160 ms, each frame from 40 ms before its time on.
-    assert shown(found.frames) == [max(j for j, t in enumerate(times) if t - 40 <= 160 * i) for i in range(11)]
-    assert len(clips.read(path, 24)) == len(times), "the whole is left as it is"
+    footage = clips.footage(path, 24, len(times))
+    assert footage.resampled
+    assert footage.rate == footage.filmed_rate == pytest.approx(6.25)
+    # The frame that is shown every 160 ms, where each frame is shown from 40 ms before its time on.
+    assert frame_numbers(footage.frames) == [
+        max(j for j, t in enumerate(times) if t - 40 <= 160 * i) for i in range(11)
+    ]
+    assert len(clips.read(path, 24)) == len(times), "without a count, nothing is resampled"
 
 
 def test_times_rounded_to_milliseconds_are_constant(tmp_path: Path) -> None:
     path = film(tmp_path / "a.mkv", rate=Fraction(30000, 1001))
-    found = clips.footage(path, 24, 17)
-    assert (found.rate, found.resampled) == (Fraction(30000, 1001), False)
-    assert shown(clips.footage(path, 24, 10, rate=Fraction(15000, 1001)).frames) == list(range(0, 20, 2))
+    footage = clips.footage(path, 24, 17)
+    assert (footage.rate, footage.resampled) == (Fraction(30000, 1001), False)
+    assert frame_numbers(clips.footage(path, 24, 10, rate=Fraction(15000, 1001)).frames) == list(range(0, 20, 2))
 
 
-def test_a_declared_rate_that_is_not_kept_is_not_believed(tmp_path: Path) -> None:
+def test_a_wrong_declared_rate_is_ignored(tmp_path: Path) -> None:
     path = film(tmp_path / "a.avi", 10, rate=10, times=range(0, 4000, 400), codec="mpeg4")
-    found = clips.footage(path, 24, 5)
-    assert (found.rate, found.resampled) == (Fraction(5, 2), False)
-    assert shown(found.frames) == [0, 1, 2, 3, 4]
+    footage = clips.footage(path, 24, 5)
+    assert (footage.rate, footage.resampled) == (Fraction(5, 2), False)
+    assert frame_numbers(footage.frames) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("turned", [90, 180, -90])
-def test_frames_stand_upright(turned: int, tmp_path: Path) -> None:
-    lying = clips.footage(film(tmp_path / "a.mp4"), 24, 5)
-    found = clips.footage(film(tmp_path / "b.mp4", turned=turned), 24, 5)
-    assert found.orientation == (turned, False)
-    assert found.size == ((24, 32) if turned % 180 else (32, 24))
-    assert np.array_equal(found.frames, np.rot90(lying.frames, turned // 90, axes=(2, 3)))
+def test_frames_are_upright(turned: int, tmp_path: Path) -> None:
+    stored = clips.footage(film(tmp_path / "a.mp4"), 24, 5)
+    footage = clips.footage(film(tmp_path / "b.mp4", turned=turned), 24, 5)
+    assert footage.orientation == (turned, False)
+    assert footage.size == ((24, 32) if turned % 180 else (32, 24))
+    assert np.array_equal(footage.frames, np.rot90(stored.frames, turned // 90, axes=(2, 3)))
 
 
-def test_what_has_sound_or_one_frame_only_or_a_codec_that_nobody_knows(tmp_path: Path) -> None:
+def test_sound_a_single_frame_and_an_unknown_codec(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.wav"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         assert isinstance(stream, av.AudioStream)
@@ -190,7 +195,7 @@ def test_what_has_sound_or_one_frame_only_or_a_codec_that_nobody_knows(tmp_path:
         clips.footage(tmp_path / "a.mkv", 24, 5)
 
 
-def test_a_start_behind_the_end(tmp_path: Path) -> None:
+def test_a_start_after_the_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"a\.mp4 holds no video frames from 3 s on: it lasts 2\.0 s"):
         clips.footage(film(tmp_path / "a.mp4"), 24, 5, start=3.0)
 
@@ -213,7 +218,7 @@ def test_find_looks_in_the_folder_that_the_environment_names(tmp_path: Path, mon
     clip = clips.Clip("mine", "no-such-distribution", "mine.avi", "get-it now")
     monkeypatch.setitem(clips.CLIPS, "mine", clip)
     monkeypatch.delenv("NBP_CLIPS", raising=False)
-    with pytest.raises(VideoError, match="get-it now, or set NBP_CLIPS"):
+    with pytest.raises(VideoError, match="run `get-it now`, or set NBP_CLIPS"):
         clips.find("mine")
     monkeypatch.setenv("NBP_CLIPS", str(tmp_path))
     with pytest.raises(VideoError, match="'mine'"):
@@ -223,7 +228,7 @@ def test_find_looks_in_the_folder_that_the_environment_names(tmp_path: Path, mon
 
 
 @given(st.integers(0, 900))
-def test_the_parts_of_a_video_are_a_whole_clip_apart(frames: int) -> None:
+def test_the_gap_between_the_parts_is_as_long_as_a_clip(frames: int) -> None:
     train, held = clips.split(np.arange(frames))
     assert len(train) == int(frames * 0.65)
     if len(held):

@@ -1,4 +1,4 @@
-"""Training the tiny models: resuming, schedules, and the yardsticks that it prints."""
+"""Training nbp-tiny: resuming, the schedule, and the metrics that it prints."""
 
 import json
 import math
@@ -19,11 +19,11 @@ SCHEDULE = train.Schedule(steps=6, rate=1e-2, warmup=2)
 
 
 class InterruptionError(Exception):
-    """What ends a run in the middle."""
+    """Interrupts a run."""
 
 
 def fit(run: Path, stop_before: int | None = None, schedule: train.Schedule = SCHEDULE) -> dict[str, Tensor]:
-    """Train a small network on a loss whose data is drawn by step; returns its weights."""
+    """Train a small network on data that depends only on the step, and return its weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))
 
@@ -52,7 +52,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert [json.loads(line)["step"] for line in curves[0]] == [2, 4, 6]
 
 
-def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     first = fit(tmp_path / "run")
     torch.testing.assert_close(fit(tmp_path / "run", stop_before=0), first, rtol=0, atol=0)
 
@@ -66,7 +66,7 @@ def test_training_lowers_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_schedule_warms_up_and_comes_down_to_zero() -> None:
     schedule = train.Schedule(steps=100, rate=1.0, warmup=10)
-    rates = [schedule.at(step) for step in range(100)]
+    rates = [schedule.learning_rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1
     assert (np.diff(rates[10:]) < 0).all()
@@ -75,24 +75,25 @@ def test_schedule_warms_up_and_comes_down_to_zero() -> None:
 
 
 def test_random_windows_stay_inside_and_prefer_long_videos() -> None:
-    # Each pixel says which video, frame, row and column it is.
+    # The channels of each pixel are the numbers of its video, frame, row and column.
     short, long = (
-        np.insert(np.indices((frames, 20, 24)).swapaxes(0, 1), 0, which, axis=1) for which, frames in ((0, 18), (1, 81))
+        np.insert(np.indices((frames, 20, 24)).swapaxes(0, 1), 0, number, axis=1)
+        for number, frames in ((0, 18), (1, 81))
     )
     rng = np.random.default_rng(0)
     windows = [train.random_window([short, long], rng, frames=17, side=16) for _ in range(400)]
     from_long = mirrored = 0
     for window in windows:
         assert window.shape == (17, 4, 16, 16)
-        which, frame, row, column = window.transpose(1, 0, 2, 3)
-        assert len(np.unique(which)) == 1
+        number, frame, row, column = window.transpose(1, 0, 2, 3)
+        assert len(np.unique(number)) == 1
         assert (np.diff(frame, axis=0) == 1).all()
         assert (np.diff(row, axis=1) == 1).all()
         across = np.unique(np.diff(column, axis=2))
         assert across.tolist() in ([1], [-1])
-        from_long += which[0, 0, 0]
+        from_long += number[0, 0, 0]
         mirrored += across[0] == -1
-    # In proportion to the root of the number of windows: 2 in 18 frames, 65 in 81.
+    # The share is in proportion to the square root of the number of windows: 2 in 18 frames, 65 in 81 frames.
     share = math.sqrt(65) / (math.sqrt(65) + math.sqrt(2))
     assert from_long / 400 == pytest.approx(share, abs=0.05)
     assert mirrored / 400 == pytest.approx(0.5, abs=0.1)
@@ -129,17 +130,17 @@ def test_opponent_means_are_the_block_means_in_other_axes() -> None:
 
 
 def test_kmeans_psnr_is_that_of_the_best_colours() -> None:
-    """Two flat colours, one code: the best single colour is their mean, half their distance from both."""
+    """With two flat colours and one code, the best single colour is their mean."""
     dark, light = (np.full((17, 3, 128, 128), value, np.uint8) for value in (51, 153))
     assert train.kmeans_psnr([dark, light], [dark, light], codes=1) == pytest.approx(-20 * math.log10(0.2))
 
 
 def test_batches_are_drawn_by_seed_and_step() -> None:
-    draw = train.batch(20, 8, seed=1, step=2)
-    assert draw.shape == (8,)
-    assert 0 <= draw.min() <= draw.max() < 20
-    assert torch.equal(draw, train.batch(20, 8, seed=1, step=2))
-    assert not torch.equal(draw, train.batch(20, 8, seed=1, step=3))
+    rows = train.batch_rows(20, 8, seed=1, step=2)
+    assert rows.shape == (8,)
+    assert 0 <= rows.min() <= rows.max() < 20
+    assert torch.equal(rows, train.batch_rows(20, 8, seed=1, step=2))
+    assert not torch.equal(rows, train.batch_rows(20, 8, seed=1, step=3))
 
 
 def test_the_tiny_hybrids_words_are_the_clips() -> None:
@@ -153,7 +154,7 @@ def test_the_tiny_hybrids_words_are_the_clips() -> None:
 def test_the_commands_make_weights_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     videos = [rng.integers(0, 256, (40, 3, 128, 144)).astype(np.uint8)]
-    monkeypatch.setattr(train, "parts", lambda: (videos, videos))
+    monkeypatch.setattr(train, "split_clips", lambda: (videos, videos))
     generator = ["generator", "--block", "256", "--out", str(tmp_path), "--steps", "2", "--windows", "4"]
     early = CliRunner().invoke(train.main, generator)
     assert early.exit_code == 1
@@ -173,7 +174,7 @@ def test_the_commands_make_weights_that_load(tmp_path: Path, monkeypatch: pytest
     assert loaded.config.vocab == 256 + 8 + 1000
 
 
-def test_shrinking_to_fp16_changes_the_scale_and_nothing_else() -> None:
+def test_shrinking_to_fp16_changes_weights_but_not_the_output() -> None:
     tokenizer = filled(VideoTokenizer(TOKENIZERS["nbp-tiny"]))
     tokens, key = torch.arange(2 * 4 * 4)[None], "decoder_layers.8.conv.weight"
     with torch.no_grad():
@@ -183,7 +184,7 @@ def test_shrinking_to_fp16_changes_the_scale_and_nothing_else() -> None:
         factor = weights / tokenizer.state_dict()[key]
         assert factor.min() == factor.max() > 1
         assert torch.log2(factor.max()) % 1 == 0
-        # Only the norm's epsilon can tell.
+        # The outputs differ only because of the norm's epsilon.
         torch.testing.assert_close(tokenizer.decode(tokens, (2, 4, 4)), before, atol=1e-3, rtol=0)
         once = tokenizer.state_dict()[key].clone()
         train.shrink_to_fp16(tokenizer, [window])
