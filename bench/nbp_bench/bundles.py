@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nbp_bench import measure
-from nbp_bench.measure import Identity
+from nbp_bench import host
+from nbp_bench.host import Identity
 from nbp_bench.plan import Case, Plan
 from nbp_bench.worker import Worker
 from nbp_engines.bundle import Bundle
@@ -38,7 +38,7 @@ def bundle_for(
         began = time.monotonic()
         report(f"{case}: export {name}")
         arguments = (case.subject.request, case.dtype, case.batch, runtime, folder)
-        worker.call(measure.export_bundle, *arguments, seconds=seconds)
+        worker.call(host.export_bundle, *arguments, seconds=seconds)
         report(f"{case}: exported and proven in {time.monotonic() - began:.0f} s")
     return _usable(folder)
 

@@ -14,11 +14,12 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from nbp_bench import measure
+from nbp_bench import host, measure
 from nbp_bench.bundles import bundle_for
 from nbp_bench.conditions import Conditions, conditions_for
+from nbp_bench.host import Identity
 from nbp_bench.machine import Machine, available_memory, describe
-from nbp_bench.measure import Identity, Parity, Result
+from nbp_bench.measure import Parity, Result
 from nbp_bench.plan import Case, Plan, Subject
 from nbp_bench.rows import Measurement, Run, identity_of, row
 from nbp_bench.worker import Worker, WorkerError
@@ -128,7 +129,7 @@ class Sweep(AbstractContextManager["Sweep"]):
             if subject.request:
                 first = self._first_on_gpu
                 worker = self._worker(self._process(first) if first else "models")
-                identity = worker.call(measure.identify, subject.request, seconds=self._left())
+                identity = worker.call(host.identify, subject.request, seconds=self._left())
                 self._report(identity.note)
             else:
                 assert subject.bundle
@@ -199,7 +200,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         worker, life, one.life = self._worker(self._process(one.case)), one.life, 0
         if worker.running and worker.lives == life:
             try:
-                worker.call(measure.close_case, one.case, seconds=CLOSE_SECONDS)
+                worker.call(host.close_case, one.case, seconds=CLOSE_SECONDS)
             except WorkerError as error:
                 self._log(f"{one.case}: close: {error.message}\n{error.trace}")
 
@@ -255,7 +256,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         """Open a case. In a new process that loads imports and weights, which may take all the time that is left."""
         worker = self._worker(self._process(one.case))
         path = one.bundle.path if one.bundle else None
-        one.notes = worker.call(measure.open_case, one.case, path, self.plan.threads, seconds=seconds)
+        one.notes = worker.call(host.open_case, one.case, path, self.plan.threads, seconds=seconds)
         one.life = worker.lives
 
     def _call(self, one: Measurement, function: Callable[..., R], *arguments: object) -> R:

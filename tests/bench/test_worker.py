@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nbp_bench.measure import Host
+from nbp_bench.host import Host
 from nbp_bench.worker import Worker, WorkerError
 from nbp_errors import UsageError
 
