@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nbp_bench import measure
-from nbp_bench.measure import Identity
+from nbp_bench import host
+from nbp_bench.host import Identity
 from nbp_bench.plan import Case, Plan
 from nbp_bench.worker import Worker, WorkerError
 from nbp_engines.bundle import Bundle
@@ -35,7 +35,7 @@ def bundle_for(
         report(f"{case}: export {folder.name}")
         arguments = (case.subject.request, case.dtype, case.batch, runtime, folder)
         try:
-            worker.call(measure.export_bundle, *arguments, seconds=seconds)
+            worker.call(host.export_bundle, *arguments, seconds=seconds)
             report(f"{case}: exported and proven in {time.monotonic() - began:.0f} s")
         except WorkerError:
             if not folder.exists():  # otherwise another run has exported it meanwhile

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nbp_bench.measure import Identity
+from nbp_bench.host import Identity
 from nbp_bench.plan import Plan
 from nbp_bench.video import to_float, windows
 from nbp_engines.spec import SystemSpec

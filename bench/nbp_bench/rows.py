@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from nbp_bench.conditions import Conditions
+from nbp_bench.host import Identity
 from nbp_bench.machine import Machine
-from nbp_bench.measure import Identity, Memory, Parity, Result, StepTimes
+from nbp_bench.measure import Memory, Parity, Result, StepTimes
 from nbp_bench.plan import Case, Plan
 from nbp_engines.bundle import Bundle
 from nbp_engines.sampling import Sampling

@@ -14,11 +14,12 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from nbp_bench import measure
+from nbp_bench import host, measure
 from nbp_bench.bundles import bundle_for, check_space
 from nbp_bench.conditions import Conditions, conditions_for
+from nbp_bench.host import Identity
 from nbp_bench.machine import Machine, available_memory, describe
-from nbp_bench.measure import Identity, Parity, Result
+from nbp_bench.measure import Parity, Result
 from nbp_bench.plan import Case, Plan, Subject
 from nbp_bench.rows import Measurement, Run, identity_of, row
 from nbp_bench.worker import OverdueError, Worker, WorkerError
@@ -143,7 +144,7 @@ class Sweep(AbstractContextManager["Sweep"]):
             if subject.request:
                 first = self._first_on_gpu
                 worker = self._worker(self._process(first) if first else "models")
-                identity = worker.call(measure.identify, subject.request, seconds=self._left())
+                identity = worker.call(host.identify, subject.request, seconds=self._left())
                 self._report(identity.note)
             else:
                 assert subject.bundle
@@ -219,7 +220,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         worker, life, measurement.life = self._worker(self._process(measurement.case)), measurement.life, 0
         if worker.running and worker.lives == life:
             try:
-                worker.call(measure.close_case, measurement.case, seconds=CLOSE_SECONDS)
+                worker.call(host.close_case, measurement.case, seconds=CLOSE_SECONDS)
             except WorkerError as error:
                 self._log(f"{measurement.case}: close: {error.message}\n{error.trace}")
 
@@ -279,7 +280,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         """Open a case. A new process first imports packages and loads weights, which may take all of the time left."""
         worker = self._worker(self._process(measurement.case))
         path = measurement.bundle.path if measurement.bundle else None
-        measurement.notes = worker.call(measure.open_case, measurement.case, path, self.plan.threads, seconds=seconds)
+        measurement.notes = worker.call(host.open_case, measurement.case, path, self.plan.threads, seconds=seconds)
         measurement.life = worker.lives
 
     def _call(self, measurement: Measurement, function: Callable[..., R], *arguments: object) -> R:

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
-from nbp_bench.measure import Host
+from nbp_bench.host import Host
 from nbp_engines.errors import EngineError
 from nbp_errors import NbpError
 

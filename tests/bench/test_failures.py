@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from nbp_bench import measure, sweep
 from nbp_bench import run as bench_run
+from nbp_bench import sweep
 from nbp_bench.cli import main
 from nbp_bench.engines import engines
-from nbp_bench.measure import Host
+from nbp_bench.host import Host, identify
 from nbp_bench.plan import Plan, Subject
 from nbp_bench.sweep import Measured, Sweep
 from nbp_bench.worker import Worker, WorkerError
@@ -258,10 +258,10 @@ def test_random_weights_are_drawn_and_hashed_once_for_all_blocks(monkeypatch: py
     noted(sources, "find")
     noted(weights, "weights_sha256")
     blocks = {"16": "1x1x16", "256": "1x16x16", "1": "1x1x1"}
-    found = [measure.identify(host, RANDOM._replace(block=block)) for block in blocks]
+    found = [identify(host, RANDOM._replace(block=block)) for block in blocks]
     assert drawn == ["find", "weights_sha256"]
     for identity, block in zip(found, blocks, strict=True):
-        alone = measure.identify(Host(), RANDOM._replace(block=block))
+        alone = identify(Host(), RANDOM._replace(block=block))
         assert identity == alone
         assert identity.spec.block_text == blocks[block]
         assert f"block {blocks[block]}:" in identity.note

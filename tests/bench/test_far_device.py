@@ -10,7 +10,7 @@ import torch
 
 from nbp_bench import cuda_graphs, measure, sweep
 from nbp_bench.engines import engines
-from nbp_bench.measure import Host
+from nbp_bench.host import Host, close_case, identify, open_case
 from nbp_bench.plan import Case, Plan, Subject
 from nbp_bench.sweep import Sweep
 from nbp_export import sources
@@ -66,8 +66,8 @@ def test_far_tensors_do_not_mix_with_near_ones() -> None:
 @pytest.mark.parametrize("engine", ["naive", "eager", "cudagraph"])
 def test_an_engine_from_its_weights_to_its_clips(engine: str, dtype: str, host: Host) -> None:
     one = case(engine, dtype, batch=2)
-    measure.identify(host, one.subject.request)  # type: ignore[arg-type]
-    measure.open_case(host, one, None, None)
+    identify(host, one.subject.request)  # type: ignore[arg-type]
+    open_case(host, one, None, None)
     session = host.session(one)
     assert session.generator.pos_emb.device.type == "cuda"
     found = measure.parity(host, one, None)
@@ -82,7 +82,7 @@ def test_an_engine_from_its_weights_to_its_clips(engine: str, dtype: str, host: 
     clip = measure.predict(host, one, settings[0], 0, None, 0)
     assert clip.video.dtype == np.float32
     measure.first_frame(host, one, *settings)
-    measure.close_case(host, one)
+    close_case(host, one)
 
 
 def test_sessions_of_other_blocks_share_the_weights(host: Host) -> None:
@@ -90,14 +90,14 @@ def test_sessions_of_other_blocks_share_the_weights(host: Host) -> None:
     for block in ("4", "16", "1"):
         pair = [case("eager", "bf16", block), case("cudagraph", "bf16", block)]
         for one in pair:
-            measure.open_case(host, one, None, None)
+            open_case(host, one, None, None)
         generators = {id(host.session(one).generator) for one in pair}
         assert len(host.models) == len(generators) == 1
         for one in pair:
             found = measure.parity(host, one, None)
             assert found
             assert found.error <= found.allowed
-            measure.close_case(host, one)
+            close_case(host, one)
 
 
 def present(device: str) -> None:

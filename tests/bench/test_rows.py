@@ -6,8 +6,9 @@ import numpy as np
 
 from nbp_bench.conditions import Conditions
 from nbp_bench.engines import engines
+from nbp_bench.host import Identity
 from nbp_bench.machine import describe
-from nbp_bench.measure import Identity, Result
+from nbp_bench.measure import Result
 from nbp_bench.plan import Case, Plan, Subject
 from nbp_bench.rows import Measurement, Run, row
 from nbp_export.graphs import system_spec

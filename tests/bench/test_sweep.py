@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from nbp_bench import measure, run, worker
 from nbp_bench.cli import main
 from nbp_bench.engines import PYTORCH, engines
-from nbp_bench.measure import Host
+from nbp_bench.host import Host, identify, open_case
 from nbp_bench.plan import Case, Plan, Subject
 from nbp_bench.sweep import Sweep
 from nbp_bench.torch_sessions import EagerSession
@@ -189,7 +189,7 @@ def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
     plan = Plan([Subject(RANDOM)], [engines()["eager"]], tmp_path, clips=1, minutes=0.2)
     with Sweep(plan, silent) as sweep:
         sweep._deadline = 0.0
-        sweep._identities[plan.subjects[0]] = measure.identify(Host(), RANDOM)
+        sweep._identities[plan.subjects[0]] = identify(Host(), RANDOM)
         ((measured,),) = sweep.run()
     assert measured.record.not_measured == "the time limit was reached"
 
@@ -225,7 +225,7 @@ def case(dtype: str = "fp32") -> Case:
 
 def checked(dtype: str = "fp32") -> measure.Parity:
     host = Host()
-    measure.open_case(host, case(dtype), None, None)
+    open_case(host, case(dtype), None, None)
     found = measure.parity(host, case(dtype), None)
     host.close()
     assert found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbp_bench.measure import Host
+from nbp_bench.host import Host
 from nbp_bench.worker import Worker, WorkerError
 from nbp_errors import UsageError
 

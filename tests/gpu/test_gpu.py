@@ -13,7 +13,7 @@ from nbp_bench import measure
 from nbp_bench.cuda_graphs import CudaGraphSession
 from nbp_bench.engines import engines
 from nbp_bench.golden import folder, golden_model
-from nbp_bench.measure import Host
+from nbp_bench.host import Host, open_case
 from nbp_bench.plan import Case, Subject
 from nbp_bench.torch_sessions import DeviceLogits, EagerSession, NaiveSession
 from nbp_bench.worker import Worker, WorkerError
@@ -151,7 +151,7 @@ def test_the_bundled_model_passes_every_check(engine: str, dtype: str, batch: in
     if why := case.refusal():
         pytest.skip(why)
     host = Host()
-    measure.open_case(host, case, None, None)
+    open_case(host, case, None, None)
     found = measure.parity(host, case, None)
     host.close()
     assert found
