@@ -1,8 +1,10 @@
 """What the two command lines share: errors and warnings as one line each, and the choice of a runtime."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 import click
@@ -18,6 +20,13 @@ class _Refusal(click.ClickException):
 
 class Commands(click.Group):
     """A group of commands that print this distribution's errors and warnings as one line, without a traceback."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line; what a terminal or a locale cannot show is printed as an escape."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exits with the error's own code if it fails."""

@@ -24,6 +24,8 @@ from nbp_errors import NbpError, printable
 from nbp_export._commands import Commands, RuntimeName, runtime_help
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from nbp_engines.bundle import Bundle
     from nbp_export.trt_library import Options
 
@@ -287,23 +289,30 @@ def inspect(bundle: Path, measured: bool, as_json: bool) -> None:
         click.echo(json.dumps(told, indent=1))
         return
     need("export", "rich")
-    from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = _console()
     if not console.is_terminal:
         console.width = 120
     console.print(render(told))
 
 
+def _console(stderr: bool = False) -> "Console":
+    """Where names stay as they are, which may hold what looks like markup or an emoji's code."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if console.width < 1:  # as COLUMNS=0 has it, in which nothing would be printed
+        console.width = 80
+    return console
+
+
 @contextmanager
 def _stages() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
     """How to say a line that stays, and how to report what begins."""
-    from rich.console import Console
     from rich.text import Text
 
-    # Names may hold what looks like markup or an emoji's code.
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    with console.status("") as status:
+    console = _console(stderr=True)
+    with console.status("", spinner="dots" if console.encoding.startswith("utf") else "line") as status:
 
         def report(stage: str) -> None:
             status.update(Text(stage))

@@ -103,13 +103,13 @@ def status_of(runtime: str, dtype: str, libraries: Iterable[str]) -> list[str]:
 
 
 def condensed(tensors: Iterable[TensorSpec]) -> Iterator[str]:
-    """Names, dtypes and shapes; those that differ in a number alone together: `k_cache_0…4 fp16 [1, 4, 1264, 32]`."""
+    """Names, dtypes and shapes; those that differ in a number alone together: `k_cache_0..4 fp16 [1, 4, 1264, 32]`."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for tensor in tensors:
         name, number, rest = re.split(r"(\d+|$)", tensor.name, maxsplit=1)
         alike.setdefault((name, rest, f"{tensor.dtype} {list(tensor.shape)}"), []).append(number)
     for (name, rest, what), numbers in alike.items():
-        yield f"{name}{'…'.join(dict.fromkeys([numbers[0], numbers[-1]]))}{rest} {what}"
+        yield f"{name}{'..'.join(dict.fromkeys([numbers[0], numbers[-1]]))}{rest} {what}"
 
 
 def _weights(bundle: Bundle, graph: str) -> set[str]:

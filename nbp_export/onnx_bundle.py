@@ -21,7 +21,7 @@ from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
 from nbp_engines.manifest import SCHEMA, Engine, File, Manifest
 from nbp_engines.ort import ORT_CPU
 from nbp_engines.sampling import Sampling
-from nbp_engines.shell import command_line
+from nbp_engines.shell import command_line, is_utf8, utf8_cure
 from nbp_engines.spec import SystemSpec
 from nbp_engines.strict import write_bytes, write_json
 from nbp_engines.trt import TENSORRT
@@ -77,11 +77,10 @@ def export(
 
 def refuse_out(out: Path) -> None:
     """Raise UsageError, before any work, if no bundle can get this name: it is taken, too long or not UTF-8."""
+    if not is_utf8(out):
+        raise UsageError(f"{out} is not UTF-8, which the runtimes need: {utf8_cure('choose another --out')}")
     try:
-        str(out).encode()
         taken = out.exists()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{out} is not UTF-8, which the runtimes need: choose another --out") from error
     except OSError as error:
         raise UsageError(f"{out} cannot be a folder ({error.strerror}): choose another --out") from error
     if taken:

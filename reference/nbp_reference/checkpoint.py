@@ -5,6 +5,7 @@ stay memory-mapped where they are fp32 already, and are widened where they are n
 """
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
@@ -275,8 +276,8 @@ def _axes(state: Mapping[str, object], key: str, axes: str) -> list[int]:
 
 
 def _is_utf8(path: Path) -> bool:
+    """Whether the libraries, which read a name as UTF-8, find the file that Python finds, which asks the locale."""
     try:
-        str(path).encode()
+        return os.fsencode(path) == str(path).encode()
     except UnicodeEncodeError:
         return False
-    return True
