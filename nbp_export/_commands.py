@@ -1,8 +1,10 @@
 """Code that `nbp-export` and `nbp-bench` share: one-line errors and warnings, and the option `--runtime`."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 import click
@@ -18,6 +20,13 @@ class _UsageFailure(click.ClickException):
 
 class Commands(click.Group):
     """A group of commands that print this distribution's errors and warnings as one line, without a traceback."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line, and print an escape for each character that the locale's encoding lacks."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. If it fails with an NbpError, print its message and exit with its code."""

@@ -24,6 +24,8 @@ from nbp_errors import NbpError, printable
 from nbp_export._commands import Commands, RuntimeName, runtime_help
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from nbp_engines.bundle import Bundle
     from nbp_export.trt_library import Options
 
@@ -315,23 +317,30 @@ def inspect(bundle: Path, with_memory: bool, as_json: bool) -> None:
         click.echo(json.dumps(summary, indent=1))
         return
     need("export", "rich")
-    from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = _console()
     if not console.is_terminal:
         console.width = 120
     console.print(render(summary))
 
 
+def _console(stderr: bool = False) -> "Console":
+    """Return a console that prints names unchanged, even those that look like markup or like the code of an emoji."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if console.width < 1:  # COLUMNS=0 would make rich print nothing
+        console.width = 80
+    return console
+
+
 @contextmanager
 def _stages() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
     """Yield two functions: one prints a line to standard error, the other shows the stage that begins."""
-    from rich.console import Console
     from rich.text import Text
 
-    # Names of models and files may look like markup or like the code of an emoji.
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    with console.status("") as status:
+    console = _console(stderr=True)
+    with console.status("", spinner="dots" if console.encoding.startswith("utf") else "line") as status:
 
         def report(stage: str) -> None:
             status.update(Text(stage))

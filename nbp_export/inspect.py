@@ -105,14 +105,14 @@ def status_of(runtime: str, dtype: str, libraries: Iterable[str]) -> list[str]:
 def tensor_lines(tensors: Iterable[TensorSpec]) -> Iterator[str]:
     """Yield names, dtypes and shapes as text.
 
-    Tensors that differ only in the number in their names share a line: `k_cache_0…4 fp16 [1, 4, 1264, 32]`.
+    Tensors that differ only in the number in their names share a line: `k_cache_0..4 fp16 [1, 4, 1264, 32]`.
     """
     groups: dict[tuple[str, str, str], list[str]] = {}
     for tensor in tensors:
         name, number, rest = re.split(r"(\d+|$)", tensor.name, maxsplit=1)
         groups.setdefault((name, rest, f"{tensor.dtype} {list(tensor.shape)}"), []).append(number)
     for (name, rest, kind), numbers in groups.items():
-        yield f"{name}{'…'.join(dict.fromkeys([numbers[0], numbers[-1]]))}{rest} {kind}"
+        yield f"{name}{'..'.join(dict.fromkeys([numbers[0], numbers[-1]]))}{rest} {kind}"
 
 
 def _weight_files(bundle: Bundle, graph: str) -> set[str]:

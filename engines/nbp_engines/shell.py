@@ -1,6 +1,8 @@
 """Shell commands for messages, quoted so that a shell reads exactly the same words."""
 
+import os
 import shlex
+import sys
 from pathlib import Path
 
 from nbp_errors import printable
@@ -30,3 +32,17 @@ def _escaped(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def is_utf8(path: os.PathLike[str]) -> bool:
+    """Whether libraries, which read a name as UTF-8, find the file that Python finds, which asks the locale."""
+    try:
+        return os.fsencode(path) == os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+
+
+def utf8_cure(change: str) -> str:
+    """What makes a name UTF-8: the change, or a setting where the locale has names in another encoding."""
+    encoding = sys.getfilesystemencoding()
+    return change if encoding == "utf-8" else f"{change}, or set PYTHONUTF8=1, since names are read as {encoding} here"

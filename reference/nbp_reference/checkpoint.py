@@ -5,6 +5,7 @@ stay memory-mapped, and all others are converted to fp32.
 """
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
@@ -294,8 +295,8 @@ def _shape(state: Mapping[str, object], key: str, axes: str) -> list[int]:
 
 
 def _is_utf8(path: Path) -> bool:
+    """Whether the libraries, which read a name as UTF-8, find the file that Python finds, which asks the locale."""
     try:
-        str(path).encode()
+        return os.fsencode(path) == str(path).encode()
     except UnicodeEncodeError:
         return False
-    return True

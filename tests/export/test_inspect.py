@@ -84,8 +84,8 @@ def test_the_page_names_everything(full: Bundle) -> None:
     for part in (
         "small, trained: block 1x1x4, batch 1, fp32, ort-cpu a test's model",
         "tokens int64 [1, 32] logits fp32 [1, 4, 125]",
-        "k_cache_0…1 fp32 [1, 2, 76, 32]",
-        "v_cache_0…1_out fp32 [1, 2, 76, 32]",
+        "k_cache_0..1 fp32 [1, 2, 76, 32]",
+        "v_cache_0..1_out fp32 [1, 2, 76, 32]",
         "video fp32 [1, 3, 5, 16, 16] tokens int64 [1, 32]",
         "prefill, step",
         f"{inspect.describe(full)['memory']['buffers']:,}",
@@ -108,8 +108,8 @@ def test_tensors_that_differ_in_their_number_are_one_line() -> None:
     tensors = [TensorSpec(f"{kv}_cache_{i}_out", "fp16", (1, 2)) for i in range(12) for kv in "kv"]
     odd = [TensorSpec("k_cache_12_out", "fp16", (1, 3)), TensorSpec("logits", "fp32", (7,))]
     assert list(inspect.tensor_lines([*tensors, *odd])) == [
-        "k_cache_0…11_out fp16 [1, 2]",
-        "v_cache_0…11_out fp16 [1, 2]",
+        "k_cache_0..11_out fp16 [1, 2]",
+        "v_cache_0..11_out fp16 [1, 2]",
         "k_cache_12_out fp16 [1, 3]",
         "logits fp32 [7]",
     ]
