@@ -43,7 +43,11 @@ def run(command: list[str | Path], cwd: Path) -> str:
 
 def test_wheel_holds_the_packages_and_their_data_only(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0] for name in names} == PACKAGES | {"nbp_errors.py", "nbp_export-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == PACKAGES | {
+        "nbp_errors.py",
+        "nbp_files.py",
+        "nbp_export-0.1.0.dist-info",
+    }
     data = {f"nbp_bench/golden/{name}" for name in ("k600_L1.npz", "k600_L16.npz", "weights.py")}
     sources = {
         f"{package.name}/{path.relative_to(package).as_posix()}"
@@ -51,7 +55,7 @@ def test_wheel_holds_the_packages_and_their_data_only(wheel: Path) -> None:
         for path in package.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {name for name in names if ".dist-info/" not in name} == sources | data | {"nbp_errors.py"}
+    assert {name for name in names if ".dist-info/" not in name} == sources | data | {"nbp_errors.py", "nbp_files.py"}
     assert "nbp_export-0.1.0.dist-info/licenses/LICENSE" in names
 
 

@@ -1,12 +1,15 @@
 """The `nbp-bench` command: parse, call, print."""
 
+import json
 import math
+import sys
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 from nbp_bench.engines import DEFAULT_DTYPE, DEFAULT_ENGINES, DEFAULT_STEPS
 from nbp_bench.engines import engines as table_of_engines
@@ -338,6 +341,50 @@ def generate(temperature: float | None, top_k: int | None, top_p: float | None, 
     sampling = {name: value for name, value in options.items() if value is not None}
     console = Console(stderr=True, highlight=False, markup=False)
     click.echo(write_clip(console, ClipRequest(sampling=sampling, **request)))
+
+
+@main.command()
+@click.option("--real", type=click.Path(path_type=Path), required=True, help="Folder or list of the real clips.")
+@click.option("--fake", type=click.Path(path_type=Path), required=True, help="Folder or list of the generated clips.")
+@click.option("--i3d", "network", type=click.Path(path_type=Path), help="A network as ONNX.  [default: I3D in PyTorch]")
+@click.option("--sha256", help="The hash of the --i3d file.")
+@click.option("--skip-bad", is_flag=True, help="Leave out clips that cannot be read, and count them.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result and its protocol as JSON.")
+def fvd(real: Path, fake: Path, network: Path | None, sha256: str | None, skip_bad: bool, as_json: bool) -> None:
+    """Compute the Fréchet video distance between two sets of clips, from any generator.
+
+    Clips are video files or arrays (.npy, uint8 [T,H,W,3]), in a folder or in a list, a text file with a path per line.
+    The first 16 frames of each are scored, or all of 9 to 15.
+    """
+    from nbp_bench import fvd as module
+
+    if (network is None) != (sha256 is None):
+        raise UsageError("--i3d and --sha256 belong together: give both, or neither")
+    sets = {"real": module.clip_files(real), "fake": module.clip_files(fake)}
+    if network and sha256:
+        compute, protocol = module.onnx_network(network, sha256)
+    else:
+        compute, protocol = module.default_network(), module.default_protocol()
+    skipped: list[str] | None = [] if skip_bad else None
+    values = {}
+    for name, files in sets.items():
+        with click.progressbar(files, label=f"{name} clips", file=sys.stderr) as bar:
+            rows = list(module.features(bar, protocol, compute, skipped))
+        values[name] = np.array(rows).reshape(len(rows), -1)
+    result = module.distance(values["real"], values["fake"], protocol, skipped or ())
+    click.echo(json.dumps(result.to_json(), indent=1) if as_json else module.describe(result))
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("i3d.onnx"), show_default=True)
+def i3d(out: Path) -> None:
+    """Write I3D as an ONNX file, with which `nbp-bench fvd` needs no torch, and print the file's hash."""
+    from nbp_export._extras import need
+
+    need("bench", "torch", "onnx")
+    from nbp_bench.i3d import write_onnx
+
+    click.echo(write_onnx(out))
 
 
 def _shape(text: str) -> str:

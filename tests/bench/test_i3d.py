@@ -45,7 +45,7 @@ def test_no_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     path = tmp_path / "weights.ckpt"
     content = pickle.dumps({"params": Code()})
     path.write_bytes(content)
-    monkeypatch.setattr(i3d, "WEIGHTS_SHA256", __import__("hashlib").sha256(content).hexdigest())
+    monkeypatch.setattr(i3d, "I3D_SHA256", __import__("hashlib").sha256(content).hexdigest())
     with pytest.raises(NbpError, match=r"refer to builtins\.print, which is not an array"):
         i3d.load(path)
     assert not capsys.readouterr().out
