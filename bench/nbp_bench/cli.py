@@ -60,7 +60,7 @@ class BenchCommands(Commands):
 @click.option(
     "--bundle", "bundles", multiple=True, type=click.Path(path_type=Path), help="Measure this bundle. May be repeated."
 )
-@click.option("--engines", metavar="NAME,NAME…", help="Engines from the list below, in the order of the tables.")
+@click.option("--engines", metavar="NAME,NAME...", help="Engines from the list below, in the order of the tables.")
 @click.option("--dtype", "dtypes", help="One or more of fp32, fp16, bf16.  [default: fp32 on a CPU, bf16 on cuda]")
 @click.option("--batch", "batches", help="Numbers of clips generated at once, such as 1,4.  [default: 1]")
 @click.option(
@@ -280,7 +280,7 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
     return rate
 
 
-@main.command()
+@main.command(short_help="Write a video of a generated clip.")
 @click.option("--bundle", type=click.Path(path_type=Path), required=True, help="A bundle that nbp-export wrote.")
 @click.option("--video", type=click.Path(path_type=Path), help="Take the condition frames from this video.")
 @click.option(
@@ -291,7 +291,7 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
     help="Time of the first condition frame, in seconds.",
 )
 @click.option("--class", "class_name", help="Generate a clip of this class, such as ApplyEyeMakeup.")
-@click.option("--text-ids", metavar="ID,ID…", help="Text ids of the class, instead of its name.")
+@click.option("--text-ids", metavar="ID,ID...", help="Text ids of the class, instead of its name.")
 @click.option(
     "--text-tokenizer", type=click.Path(path_type=Path), help="The file tokenizer.model or tokenizer.json of LLaMA."
 )
@@ -343,7 +343,7 @@ def generate(temperature: float | None, top_k: int | None, top_p: float | None, 
     click.echo(write_clip(console, ClipRequest(sampling=sampling, **request)))
 
 
-@main.command()
+@main.command(short_help="Compute the Fréchet video distance.")
 @click.option("--real", type=click.Path(path_type=Path), required=True, help="Folder or list of the real clips.")
 @click.option("--fake", type=click.Path(path_type=Path), required=True, help="Folder or list of the generated clips.")
 @click.option("--i3d", "network", type=click.Path(path_type=Path), help="A network as ONNX.  [default: I3D in PyTorch]")
@@ -375,7 +375,7 @@ def fvd(real: Path, fake: Path, network: Path | None, sha256: str | None, skip_b
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else module.describe(result))
 
 
-@main.command()
+@main.command(short_help="Write I3D as an ONNX file.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("i3d.onnx"), show_default=True)
 def i3d(out: Path) -> None:
     """Write I3D as an ONNX file, with which `nbp-bench fvd` needs no torch, and print the file's hash."""
