@@ -7,7 +7,6 @@ Shape legend: N features per set, D dimensions of a feature, R ≤ D rows of a f
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import TypeVar
 
 import numpy as np
@@ -41,18 +40,6 @@ class Moments:
         mean = values.mean(axis=0)
         return cls(len(values), mean, _triangle(values - mean))
 
-    def merged(self, other: "Moments") -> "Moments":
-        """Return the moments of both sets together.
-
-        The scatter of the union is the sum of both scatters and n·m/(n+m)·δδᵀ, where δ is the difference of the means
-        (Chan, Golub and LeVeque 1983). It stacks the factors, so that no square loses digits.
-        """
-        count = self.count + other.count
-        shift = other.mean - self.mean
-        between = np.sqrt(self.count * other.count / count) * shift
-        stacked = np.concatenate([self.factor, other.factor, between[None]])
-        return Moments(count, self.mean + shift * (other.count / count), _triangle(stacked))
-
 
 def _triangle(rows: np.ndarray) -> np.ndarray:
     """Return the triangular factor of a QR decomposition, [min(N,D),D]."""
@@ -60,10 +47,19 @@ def _triangle(rows: np.ndarray) -> np.ndarray:
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
-    """Return the moments of all parts together; raises ValueError if there are none."""
+    """Return the moments of all parts together; raises ValueError if there are none.
+
+    The scatter of the union is Σ scatterᵢ + Σ nᵢ (meanᵢ − mean)(meanᵢ − mean)ᵀ. The factors are stacked and decomposed
+    once, so that no square loses digits.
+    """
     if not parts:
         raise ValueError("there are no moments to merge")
-    return reduce(Moments.merged, parts)
+    counts = np.array([part.count for part in parts])
+    means = np.stack([part.mean for part in parts])
+    mean = counts @ means / counts.sum()
+    between = np.sqrt(counts)[:, None] * (means - mean)
+    stacked = np.concatenate([*(part.factor for part in parts), between])
+    return Moments(int(counts.sum()), mean, _triangle(stacked))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

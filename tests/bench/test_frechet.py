@@ -1,5 +1,8 @@
 """Fréchet and kernel distances: closed forms, scipy's square root, parts that are merged, and intervals."""
 
+from collections.abc import Sequence
+
+import click
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -93,3 +96,34 @@ def test_a_single_feature_has_no_distance() -> None:
         kernel_distance(many, one)
     with pytest.raises(ValueError, match="no moments"):
         merge([])
+
+
+@pytest.mark.slow
+def test_the_interval_covers_the_expected_distance(capsys: pytest.CaptureFixture[str]) -> None:
+    """A simulation: 32 source windows with 4 correlated clips each, real, fake by a reference, and fake by an engine.
+
+    The engine differs from the reference in a tenth of the windows. The truth is the mean over all repetitions, which
+    is the expected distance at this N, bias included.
+    """
+    repetitions, windows, clips, dimensions = 300, 32, 4, 24
+    rng = np.random.default_rng(0)
+    fvds, deltas = [], []
+    for _ in range(repetitions):
+        scene = rng.normal(size=(3, windows, 1, dimensions))
+        real, reference, other = scene * 0.7 + rng.normal(size=(3, windows, clips, dimensions)) * 0.7
+        reference = reference * 1.2 + 0.2
+        diverged = rng.random((windows, 1, 1)) < 0.1
+        engine = np.where(diverged, other * 1.2 + 0.2, reference)
+        groups = [tuple(map(Moments.of, window)) for window in zip(real, reference, engine, strict=True)]
+
+        def fvd(chosen: Sequence[tuple[Moments, ...]], fake: int) -> float:
+            return frechet_distance(*(merge([window[i] for window in chosen]) for i in (fake, 0)))
+
+        fvds.append(jackknife(groups, lambda chosen: fvd(chosen, 1)))
+        deltas.append(jackknife(groups, lambda chosen: fvd(chosen, 2) - fvd(chosen, 1)))
+    for name, intervals in (("FVD", fvds), ("paired difference of FVDs", deltas)):
+        truth = np.mean([interval.value for interval in intervals])
+        covered = np.mean([(i.low or 0) <= truth <= (i.high or 0) for i in intervals])
+        with capsys.disabled():
+            click.echo(f"\n{name}: the 95% intervals of {repetitions} repetitions cover {covered:.1%}")
+        assert 0.9 <= covered <= 0.995
