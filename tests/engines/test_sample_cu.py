@@ -218,7 +218,10 @@ def test_sanitizers_find_nothing(sampling: Sampling, name: str, options: list[st
 BROKEN = {
     "ended": ("unsigned best = largest();", "unsigned best = largest(); if (threadIdx.x == 1) return 0;"),
     "another barrier": ("            fill(shift", "            if (threadIdx.x) __syncthreads(); fill(shift"),
-    "data race": ("atomicMax(&scratch.largest, mine);", "scratch.largest = max(scratch.largest, mine);"),
+    "data race": (
+        "atomicMax(&scratch.largest, thread_largest);",
+        "scratch.largest = max(scratch.largest, thread_largest);",
+    ),
 }
 
 
