@@ -1,21 +1,26 @@
-// Draws one token a row of logits as sampling.py does: top-k, then top-p, then the inverse of the cumulative
+// Draws one token per row of logits as sampling.py does: top-k, then top-p, then the inverse of the cumulative
 // distribution.
 //
-// One block of SAMPLE_THREADS a row. Nothing is added in an order that depends on which thread came first: atomics add
-// whole numbers alone, and the order of what is added in floating point is fixed by the vocabulary. So equal logits and
-// equal noise give equal tokens, at every number of threads.
+// One thread block of SAMPLE_THREADS threads draws the token of one row. No result depends on which thread comes first:
+// atomics add only integers, and floating-point sums have an order that is fixed by the vocabulary. So equal logits and
+// equal noise give equal tokens with every number of threads.
 //
-// A row is read once for its maximum; once a byte of the logits' width to find the k-th logit, by counting; once a byte
-// to find the logit that crosses top-p, by adding masses; once for the equals at that edge, where not all of them stay;
-// once for the draw: 7 passes in half precision, 11 in fp32. The first reads memory and the others L1, which can hold
-// 64,000 halves beside the 29 KB of Scratch. exp in fp64 is the dear part: of all 64,000 tokens it means some 20 FMAs
-// each, of which an A100's SM does 32 a clock. It is taken of tokens that stay, which threads gather first (`each`), in
-// the first pass over masses and in the draw; in half precision the other pass over masses meets one byte's alone.
+// A row is read once to find its largest logit; once per byte of a logit to find the k-th largest logit by counting;
+// once per byte to find the logit that crosses top-p by adding weights; once to choose among the tokens that equal that
+// logit, if not all of them are kept; and once to draw. These are 7 passes in half precision and 11 in fp32. The first
+// pass reads device memory. The others mostly read the L1 cache, which can hold 64,000 logits of two bytes beside the
+// 29 KB of Scratch.
 //
-// Where numpy's rounding decides (a sum that meets top-p or the noise to within about 1e-12), the token may differ. So
-// it may among logits so close that numpy finds their probabilities equal: here the larger logit still comes first.
-// A row with a NaN or +inf, or of -inf alone, has no probabilities: token 0, as numpy's comparisons with NaN make it.
-// tests/engines/test_sample_cu.py runs this file on a CPU, thread for thread.
+// The most expensive operation is exp in fp64, which takes about 20 FMAs per token, while an SM of an A100 does 32 of
+// them per clock. It is computed only for tokens that are kept so far, which each thread collects first (see `each`):
+// in the first pass that adds weights, and in the draw. The second such pass of half precision computes it only for the
+// tokens whose upper byte is the one that the first pass found.
+//
+// The token may differ from numpy's if rounding decides, which takes a sum that equals top-p or the noise to within
+// about 1e-12. It may also differ among logits so close that numpy computes equal probabilities for them: here the
+// larger logit still comes first. A row with NaN or +inf, or with -inf only, has no probabilities. Its token is 0, as
+// in numpy, where all comparisons with NaN are false. tests/engines/test_sample_cu.py runs this file on a CPU, with one
+// thread of the CPU per thread of the block.
 
 #ifndef SAMPLE_THREADS
 #define SAMPLE_THREADS 1024
@@ -26,19 +31,20 @@ namespace {
 typedef unsigned long long u64;
 
 constexpr int THREADS = SAMPLE_THREADS;
-constexpr int DIGIT = 8, BINS = 1 << DIGIT;  // bits and values of one digit of a key
-constexpr int COPIES = 8;                    // of each bin: neighbouring threads do not queue for one address
-constexpr int PARTS = 32, LANES = 32;        // of a range of the vocabulary, and of a part; a warp reads one part
+constexpr int DIGIT = 8, BINS = 1 << DIGIT;  // the bits of one digit of a key, and the number of its values
+constexpr int COPIES = 8;                    // copies of each bin, so that neighbouring threads use other addresses
+constexpr int PARTS = 32, LANES = 32;        // parts of a range of the vocabulary, and threads that read one part
 
 struct Scratch {
-    unsigned low[BINS * COPIES], high[BINS * COPIES];  // 64-bit sums by halves: a 64-bit atomic would be a loop
-    u64 from[2][BINS];                                 // weight of a bin and of all above it
+    unsigned low[BINS * COPIES], high[BINS * COPIES];  // halves of 64-bit sums, whose own atomics would be loops
+    u64 cumulative[2][BINS];                           // the weight of a bin and of all bins above it
     double cells[LANES * PARTS], parts[PARTS];
     unsigned largest;
     int chosen;
 };
 
-// Floating point of a given width as whole numbers in the same order, both zeros one number, every NaN the largest.
+// Converts floating-point numbers of a given width to integer keys with the same order. Both zeros have the same key,
+// and every NaN has the largest key.
 template <class Bits, int MANTISSA>
 struct Format {
     static constexpr int BITS = 8 * sizeof(Bits);
@@ -54,12 +60,13 @@ struct Format {
 
     static __device__ double value(unsigned key) {
         u64 magnitude = key < SIGN ? SIGN - key : key - SIGN;
-        // The same digits read with fp64's exponent are 2^(1023 - BIAS) times too small, subnormals too.
+        // The bits of the number, read as an fp64 number, are 2^(1023 - BIAS) times too small, even for subnormals.
         double size = __longlong_as_double(magnitude << (52 - MANTISSA)) * __longlong_as_double((2046 - BIAS) << 52);
         return key < SIGN ? -size : size;
     }
 
-    // What a token weighs: exp of the distance to the peak over the temperature, in fp64. {0, 0}: every token 1.
+    // The unnormalised probability of a token: exp((logit - peak) * rate), where rate is 1 / temperature. With {0, 0}
+    // every token has mass 1.
     struct Mass {
         double peak, rate;
         __device__ double operator()(unsigned key) const { return exp((value(key) - peak) * rate); }
@@ -77,10 +84,11 @@ struct Row {
 
     __device__ unsigned key(int token) const { return F::key(__ldg(logits + token)); }
 
-    // visit(key) of the tokens first, first + stride, … < last, and of key 0, which no logit has, to fill the batch.
+    // Calls visit(key) for the tokens first, first + stride, … < last. It also calls visit(0) to fill the last batch;
+    // no logit has key 0.
     template <class Visit>
     __device__ void scan(int first, int last, int stride, Visit visit) const {
-        constexpr int BATCH = 8;  // loads under way at once
+        constexpr int BATCH = 8;  // number of loads in flight
         for (; first < last; first += BATCH * stride) {
             unsigned keys[BATCH];
 #pragma unroll
@@ -90,14 +98,15 @@ struct Row {
         }
     }
 
-    // visit(token, key) of those with keys from `low` to `high`. A thread marks 32 tokens before it visits any: were
-    // each visited where it is found, a warp would take as long as if every token of it were visited.
+    // Calls visit(token, key) for those of the tokens first, first + stride, … < last that have keys from `low` to
+    // `high`. A thread marks its matches among 32 tokens before it visits any. Visiting each match at once would be
+    // slow, because the whole warp waits for every thread with a match.
     template <class Visit>
     __device__ void each(int first, int last, int stride, unsigned low, unsigned high, Visit visit) const {
         for (; first < last; first += 32 * stride) {
             unsigned marks = 0, bit = 1;
-            scan(first, min(last, first + 32 * stride), stride, [&](unsigned it) {
-                if (it - low <= high - low) marks |= bit;
+            scan(first, min(last, first + 32 * stride), stride, [&](unsigned key) {
+                if (key - low <= high - low) marks |= bit;
                 bit <<= 1;
             });
             for (; marks; marks &= marks - 1) {
@@ -107,91 +116,97 @@ struct Row {
         }
     }
 
+    // The largest key of the row.
     __device__ unsigned largest() const {
-        unsigned mine = 0;
-        scan(threadIdx.x, vocab, THREADS, [&](unsigned it) { mine = max(mine, it); });
+        unsigned thread_largest = 0;
+        scan(threadIdx.x, vocab, THREADS, [&](unsigned key) { thread_largest = max(thread_largest, key); });
         if (threadIdx.x == 0) scratch.largest = 0;
         __syncthreads();
-        atomicMax(&scratch.largest, mine);
+        atomicMax(&scratch.largest, thread_largest);
         __syncthreads();
         return scratch.largest;
     }
 
     struct Edge {
         unsigned key;
-        u64 weight, missing;  // of the tokens with that key; what those above it leave of the target
+        u64 weight;   // the total weight of the tokens with that key
+        u64 missing;  // the target minus the weight of all tokens with larger keys
     };
 
-    // The largest key that has, with all above it, at least target(total) of the weight. fill(shift, low, high) adds
-    // the weight of every token with a key from `low` to `high` to the bin of its digit at `shift`.
+    // Finds the largest key such that the tokens with this or a larger key have at least the weight target(total),
+    // where total is the weight of all tokens. It finds one digit of the key per pass. fill(shift, low, high) adds the
+    // weight of every token with a key from `low` to `high` to the bin of the key's digit at bit `shift`.
     template <class Target, class Fill>
     __device__ Edge edge(Target target, Fill fill) const {
-        Edge found = {0, 0, 0};
+        Edge result = {0, 0, 0};
 #pragma unroll 1
         for (int shift = F::BITS - DIGIT; shift >= 0; shift -= DIGIT) {
             for (int n = threadIdx.x; n < BINS * COPIES; n += THREADS) scratch.low[n] = scratch.high[n] = 0;
             __syncthreads();
-            fill(shift, (u64)found.key << (shift + DIGIT), (((u64)found.key + 1) << (shift + DIGIT)) - 1);
+            fill(shift, (u64)result.key << (shift + DIGIT), (((u64)result.key + 1) << (shift + DIGIT)) - 1);
             __syncthreads();
             for (int bin = threadIdx.x; bin < BINS; bin += THREADS) {
                 u64 sum = 0;
                 for (int n = bin * COPIES; n < (bin + 1) * COPIES; ++n)
                     sum += ((u64)scratch.high[n] << 32) + scratch.low[n];
-                scratch.from[0][bin] = sum;
+                scratch.cumulative[0][bin] = sum;
             }
             __syncthreads();
-            int now = 0;
-            for (int hop = 1; hop < BINS; hop *= 2, now ^= 1) {
-                const u64* old = scratch.from[now];
+            int current = 0;
+            for (int offset = 1; offset < BINS; offset *= 2, current ^= 1) {
+                const u64* previous = scratch.cumulative[current];
                 for (int bin = threadIdx.x; bin < BINS; bin += THREADS)
-                    scratch.from[now ^ 1][bin] = old[bin] + (bin + hop < BINS ? old[bin + hop] : 0);
+                    scratch.cumulative[current ^ 1][bin] =
+                        previous[bin] + (bin + offset < BINS ? previous[bin + offset] : 0);
                 __syncthreads();
             }
-            const u64* from = scratch.from[now];
-            if (shift == F::BITS - DIGIT) found.missing = target(from[0]);
+            const u64* cumulative = scratch.cumulative[current];
+            if (shift == F::BITS - DIGIT) result.missing = target(cumulative[0]);
             for (int bin = threadIdx.x; bin < BINS; bin += THREADS)
-                if (from[bin] >= found.missing && (bin + 1 == BINS || from[bin + 1] < found.missing))
+                if (cumulative[bin] >= result.missing && (bin + 1 == BINS || cumulative[bin + 1] < result.missing))
                     scratch.chosen = bin;
             __syncthreads();
             int bin = scratch.chosen;
-            u64 above = bin + 1 < BINS ? from[bin + 1] : 0;
-            found = {found.key << DIGIT | bin, from[bin] - above, found.missing - above};
+            u64 above = bin + 1 < BINS ? cumulative[bin + 1] : 0;
+            result = {result.key << DIGIT | bin, cumulative[bin] - above, result.missing - above};
         }
-        return found;
+        return result;
     }
 
+    // The index, in this thread's copy of the bins, of the bin of the key's digit at bit `shift`.
     static __device__ int bin(unsigned key, int shift) {
         return (key >> shift) % BINS * COPIES + threadIdx.x % COPIES;
     }
 
-    // The k-th largest key. Key 0 is counted too, but lies below every token.
+    // The k-th largest key. The key 0 that `scan` adds is counted too, but it is smaller than the key of every token.
     __device__ unsigned kth(u64 k) const {
         auto count = [&](int shift, unsigned low, unsigned high) {
-            scan(threadIdx.x, vocab, THREADS, [&](unsigned it) {
-                if (it - low <= high - low) atomicAdd(&scratch.low[bin(it, shift)], 1u);
+            scan(threadIdx.x, vocab, THREADS, [&](unsigned key) {
+                if (key - low <= high - low) atomicAdd(&scratch.low[bin(key, shift)], 1u);
             });
         };
         return edge([=](u64) { return k; }, count).key;
     }
 
-    // The key whose tokens cross top_p of the weight of all keys from `least` up.
+    // The key at which the weight, added from the largest key down, reaches the share top_p of the weight of all tokens
+    // with keys from `least` up.
     template <class Weight>
     __device__ Edge crossing(double top_p, unsigned least, Weight weight) const {
         auto weigh = [&](int shift, unsigned low, unsigned high) {
-            each(threadIdx.x, vocab, THREADS, max(low, least), high, [&](int, unsigned it) {
-                u64 sum = weight(it);
-                unsigned part = sum, rest = sum >> 32;
-                unsigned before = atomicAdd(&scratch.low[bin(it, shift)], part);
-                rest += before + part < before;  // the carry
-                if (rest) atomicAdd(&scratch.high[bin(it, shift)], rest);
+            each(threadIdx.x, vocab, THREADS, max(low, least), high, [&](int, unsigned key) {
+                u64 added = weight(key);
+                unsigned low_half = added, high_half = added >> 32;
+                unsigned before = atomicAdd(&scratch.low[bin(key, shift)], low_half);
+                high_half += before + low_half < before;  // the carry
+                if (high_half) atomicAdd(&scratch.high[bin(key, shift)], high_half);
             });
         };
         return edge([=](u64 total) { return min(total, max((u64)1, (u64)ceil(top_p * total))); }, weigh);
     }
 
-    // Of the tokens with keys from `least` to `most`, those of `least` before `end` alone, the first whose cumulative
-    // mass exceeds its share u of the total. Each part of a range is summed by one warp, and the part that is meant
-    // becomes the range.
+    // The first token whose cumulative mass exceeds u times the total mass. Only tokens with keys from `least` to
+    // `most` count, and of those with the key `least` only the tokens before `end`. The range of the vocabulary is
+    // divided into parts, and one warp adds the masses of each part. The part with the token becomes the next range.
     __device__ int find(double u, unsigned least, unsigned most, int end, Mass mass) const {
         int first = 0, last = vocab;
         double target = -1, before = 0;
@@ -201,8 +216,8 @@ struct Row {
             for (int cell = threadIdx.x; cell < LANES * PARTS; cell += THREADS) {
                 int part = cell / LANES, lane = cell % LANES, start = first + part * size;
                 double sum = 0;
-                each(start + lane, min(start + size, last), LANES, least, most, [&](int token, unsigned it) {
-                    if (it > least || token < end) sum += mass(it);
+                each(start + lane, min(start + size, last), LANES, least, most, [&](int token, unsigned key) {
+                    if (key > least || token < end) sum += mass(key);
                 });
                 scratch.cells[lane * PARTS + part] = sum;
             }
@@ -217,10 +232,11 @@ struct Row {
                 double total = 0;
 #pragma unroll 4
                 for (int part = 0; part < PARTS; ++part) total += scratch.parts[part];
-                // u·total can round up to the total itself, beyond the last token.
+                // The product u·total can round up to total, which no cumulative mass exceeds.
                 target = min(u * total, __longlong_as_double(__double_as_longlong(total) - 1));
             }
-            // Within a part the order of adding is another, and its sum may fall short: then its last token is meant.
+            // The parts of a part are added in another order, and their sum may be smaller than the part's. If it does
+            // not exceed the target, the last part with any mass is chosen.
             int chosen = 0;
             double sum = before;
 #pragma unroll 4
@@ -235,25 +251,28 @@ struct Row {
         return first;
     }
 
+    // The token of the row for the uniform number u.
     __device__ int draw(double u, double temperature, int top_k, double top_p) const {
-        constexpr Mass even = {0, 0};
+        constexpr Mass equal_mass = {0, 0};
         unsigned best = largest();
-        if (temperature == 0) return find(0, best, best, vocab, even);
+        if (temperature == 0) return find(0, best, best, vocab, equal_mass);
         if (best >= F::SIGN + F::INFINITE || best <= F::SIGN - F::INFINITE) return 0;
 
-        unsigned least = F::SIGN - F::INFINITE + 1;
+        unsigned least = F::SIGN - F::INFINITE + 1;  // the key of the smallest finite logit
         if (top_k < vocab) least = max(least, kth(max(top_k, 1)));
 
         Mass mass = {F::value(best), 1 / temperature};
         int end = vocab;
         if (top_p < 1) {
-            // No mass exceeds 1, so that their whole numbers of units, rounded, sum up to 2^63 at most.
+            // Weights are masses in integer units. No mass exceeds 1, so the weights add up to 2^63 at most.
             double units = (u64)1 << (__clz(vocab) + 31);
-            auto whole = [=](unsigned it) { return (u64)(mass(it) * units + 0.5); };
-            Edge cross = crossing(top_p, least, whole);
+            auto weight = [=](unsigned key) { return (u64)(mass(key) * units + 0.5); };
+            Edge cross = crossing(top_p, least, weight);
             least = cross.key;
-            u64 one = whole(least), equals = cross.weight / one, stay = (cross.missing + one - 1) / one;
-            if (stay < equals) end = find((stay - 0.5) / equals, least, least, vocab, even) + 1;
+            // Tokens with the same key have the same weight. Of these ties, the lowest ids are kept.
+            u64 each_weight = weight(least), ties = cross.weight / each_weight;
+            u64 kept = (cross.missing + each_weight - 1) / each_weight;
+            if (kept < ties) end = find((kept - 0.5) / ties, least, least, vocab, equal_mass) + 1;
         }
         return find(u, least, best, end, mass);
     }
@@ -270,7 +289,8 @@ __device__ void sample(const Bits* logits, const double* uniforms, int vocab, do
 
 }  // namespace
 
-// logits [rows, vocab] as bits, uniforms [rows] in [0,1), tokens [rows]; grid = rows, block = SAMPLE_THREADS.
+// The kernels. logits: [rows, vocab], the bits of the numbers. uniforms: [rows] in [0,1). tokens: [rows], the output.
+// Launch them with one thread block of SAMPLE_THREADS threads per row.
 #define SAMPLE(NAME, BITS, MANTISSA)                                                                          \
     extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)                                              \
         NAME(const BITS* logits, const double* uniforms, int vocab, double temperature, int top_k,            \

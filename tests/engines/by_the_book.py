@@ -1,6 +1,6 @@
-"""Generates a bundle's clips as docs/bundle.md says, with numpy and ONNX Runtime alone; nothing of ours is imported.
+"""Generates clips of a bundle, written from docs/bundle.md alone, with numpy and ONNX Runtime and none of our packages.
 
-python by_the_book.py BUNDLE    checks this program against the bundle's trace
+`python by_the_book.py BUNDLE` checks this program against the bundle's trace.
 """
 
 import json
@@ -103,49 +103,50 @@ def draw(logits: np.ndarray, uniforms: np.ndarray, sampling: Json) -> np.ndarray
 def calls(
     bundle: Bundle, condition: np.ndarray, seed: int, sample: int, sampling: Json, clip: np.ndarray
 ) -> Iterator[Json]:
-    """Each call of the loop with all that it gave; what `drawn` holds once the caller is back is what goes on.
+    """Yield each call of the loop, with the fields that a call of the trace has.
 
-    `clip` [B,T·H·W] takes the tokens in raster order.
+    The loop continues with the tokens in `drawn`, which the caller may replace. It writes the tokens to `clip`
+    [B,T·H·W] in raster order.
     """
     loop = bundle.manifest["loop"]
     counts, order = loop["counts"], loop["block_order"]["raster_index"]
     P, L, batch, blocks = (counts[name] for name in ("condition_tokens", "block_size", "batch", "blocks"))
 
     def call(graph: str, tokens: np.ndarray, position: int, block: int | None, positions: range) -> Json:
-        made: Json = {"graph": graph, "tokens": tokens, "cache_pos": np.full(batch, position)}
-        made["logits"] = bundle.run(graph, tokens, position)
+        result: Json = {"graph": graph, "tokens": tokens, "cache_pos": np.full(batch, position)}
+        result["logits"] = bundle.run(graph, tokens, position)
         if block is not None:
-            made["uniforms"] = noise(seed, sample, batch, block, positions)
-            made["drawn"] = draw(made["logits"], made["uniforms"], sampling)
-        return made
+            result["uniforms"] = noise(seed, sample, batch, block, positions)
+            result["drawn"] = draw(result["logits"], result["uniforms"], sampling)
+        return result
 
     if loop["mode"] == "frame prediction":
         clip[:, :P] = condition
-        made = call("prefill", clip[:, order[:P]], 0, 0, range(L))
+        result = call("prefill", clip[:, order[:P]], 0, 0, range(L))
         for k in range(blocks):
-            yield made
-            block = made["drawn"]
+            yield result
+            block = result["drawn"]
             clip[:, order[P + k * L : P + k * L + L]] = block
             if k < blocks - 1:
-                made = call("step", block, P + k * L, k + 1, range(L))
+                result = call("step", block, P + k * L, k + 1, range(L))
         return
     yield call("prefill", condition + L, 0, None, range(0))
     token = np.zeros((batch, 1), np.int64)
     for i in range(L):
-        made = call("step_1" if L > 1 else "step", token, P + i, 0, range(i, i + 1))
-        yield made
-        token = made["drawn"]
+        result = call("step_1" if L > 1 else "step", token, P + i, 0, range(i, i + 1))
+        yield result
+        token = result["drawn"]
         clip[:, order[i : i + 1]] = token
     tokens = np.concatenate([token, np.tile(np.arange(1, L), (batch, 1))], axis=1)
     for k in range(1, blocks):
-        made = call("step", tokens, P + k * L, k, range(L))
-        yield made
-        tokens = made["drawn"]
+        result = call("step", tokens, P + k * L, k, range(L))
+        yield result
+        tokens = result["drawn"]
         clip[:, order[k * L : k * L + L]] = tokens
 
 
 def generate(folder: Path, condition: np.ndarray, seed: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-    """A clip's token ids, and the video tokenizer's codes behind them, [B,T·H·W] in raster order."""
+    """Return the token ids of a clip and their video codes, both [B,T·H·W] in raster order."""
     bundle = Bundle(folder)
     loop = bundle.manifest["loop"]
     clip = np.zeros((loop["counts"]["batch"], loop["counts"]["clip_tokens"]), np.int64)
@@ -156,11 +157,11 @@ def generate(folder: Path, condition: np.ndarray, seed: int, sample: int) -> tup
 
 
 def differences(folder: Path) -> list[str]:
-    """Where this program and the bundle's trace differ, or nothing."""
+    """Return a line for each difference between this program and the bundle's trace."""
     bundle, trace = Bundle(folder), json.loads((folder / "trace.json").read_text())
-    counts, odd = bundle.manifest["loop"]["counts"], []
+    counts, lines = bundle.manifest["loop"]["counts"], []
     tolerance = TOLERANCE[bundle.manifest["spec"]["dtype"]]
-    made = calls(
+    actual = calls(
         bundle,
         np.array(trace["condition"]),
         trace["seed"],
@@ -168,19 +169,19 @@ def differences(folder: Path) -> list[str]:
         trace["sampling"],
         np.zeros((counts["batch"], counts["clip_tokens"]), np.int64),
     )
-    for number, (expected, call) in enumerate(zip(trace["calls"], made, strict=False)):
+    for number, (expected, call) in enumerate(zip(trace["calls"], actual, strict=False)):
         for name in ("graph", "tokens", "cache_pos", "uniforms", "drawn"):
             if expected[name] != (call[name] if name == "graph" else np.asarray(call.get(name)).tolist()):
-                odd.append(f"call {number}: {name} differ")
+                lines.append(f"call {number}: {name} differ")
         for row in expected["logits"]:
             values = call["logits"][row["clip"], row["row"], trace["vocabulary_ids"]].astype(np.float64)
             if np.abs(values - row["values"]).max() > tolerance * max(1, expected["largest"]):
-                odd.append(f"call {number}: logits of clip {row['clip']}, row {row['row']} differ")
+                lines.append(f"call {number}: logits of clip {row['clip']}, row {row['row']} differ")
         if abs(np.abs(call["logits"]).max() - expected["largest"]) > tolerance * max(1, expected["largest"]):
-            odd.append(f"call {number}: largest differs")
+            lines.append(f"call {number}: largest differs")
         if expected["drawn"] is not None:
             call["drawn"] = np.array(expected["drawn"])
-    return odd
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Exports are made once for the tests of engines too; a GPU is emulated, and gets all back."""
+"""Fixtures: exported bundles, each made once, and an emulated GPU on which nothing may be left allocated."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

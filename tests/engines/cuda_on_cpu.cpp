@@ -1,7 +1,9 @@
-// As much of CUDA as sample.cu uses, in C++20: a block is as many threads as it has on a GPU, one block after another.
+// Implements the part of CUDA that sample.cu uses in C++20. Thread blocks run one after another, and each has as many
+// threads as on a GPU.
 //
-// main reads <kernel> <rows> <vocab> <temperature> <top_k> <top_p>, and from standard input the logits and uniforms as
-// they lie in memory; it writes the tokens likewise. A barrier that not every thread reaches ends it with a message.
+// The arguments of main are <kernel> <rows> <vocab> <temperature> <top_k> <top_p>. It reads the logits and uniforms from
+// standard input as they are in memory, and writes the tokens to standard output in the same way. If a barrier is not
+// reached by every thread, the program ends with a message.
 
 #include <atomic>
 #include <bit>
@@ -23,7 +25,8 @@ struct Index {
 };
 inline thread_local Index threadIdx, blockIdx;
 
-// Of atomics alone, so that it orders what threads do around one barrier and no more: the sanitizer sees every race.
+// It is made of atomics only, so that it orders memory accesses around one barrier and nothing else. The thread sanitizer
+// therefore sees every race.
 class Barrier {
     std::atomic<int> waiting = 0, turn = 0, ended = 0, place = 0;
     int threads = 0;
@@ -97,7 +100,7 @@ void run(void (*kernel)(const T*, const double*, int, double, int, double, long 
     barrier.begin(SAMPLE_THREADS);
     auto thread = [&](unsigned index) {
         threadIdx.x = index;
-        // The barrier between the blocks stands for a fresh block's own shared memory.
+        // All threads wait between two blocks, because the blocks use the same shared memory here.
         for (blockIdx.x = 0; blockIdx.x < unsigned(rows); ++blockIdx.x) {
             kernel(logits.data(), uniforms.data(), vocab, temperature, top_k, top_p, tokens.data());
             __syncthreads();

@@ -1,4 +1,4 @@
-"""Opening bundles: whatever is not exactly what the manifest describes is refused by name."""
+"""Opening bundles. Anything that differs from the manifest is refused, and the error names it."""
 
 import json
 import os
@@ -45,7 +45,7 @@ ENGINE = Engine("generator.engine", ("prefill", "step"), "sm80", "none", "tensor
 
 
 def make(path: Path, runtime: str = "ort-cpu", engines: tuple[Engine, ...] = (), **graphs: bytes) -> Path:
-    """An intact bundle as far as the files go; no runtime could run its graphs, unless they are given."""
+    """Make an intact bundle. Its graph files are not ONNX files unless `graphs` has their content, by graph name."""
     path.mkdir()
     for name in FILES:
         (path / name).write_bytes(graphs.get(Path(name).stem, name.encode() * 100))
@@ -63,12 +63,12 @@ def make(path: Path, runtime: str = "ort-cpu", engines: tuple[Engine, ...] = (),
         provenance={"note": "made by a test", "command": "nbp-export onnx --model toy"},
     )
     (path / MANIFEST).write_bytes(manifest.to_bytes())
-    prove(path)
+    write_receipt(path)
     return path
 
 
-def prove(path: Path, **changes: object) -> None:
-    """Write a valid receipt, but for the changes."""
+def write_receipt(path: Path, **changes: object) -> None:
+    """Write a receipt, which is valid if there are no changes."""
     hashes = Bundle.of(path, (path / MANIFEST).read_bytes()).hashes()
     checks = [
         {"graph": graph, "at": "cache_pos [0]", "tolerance": 1e-5, "worst": 1e-6, "where": "logits[0]"}
@@ -84,7 +84,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[Json], object]) -> None:
-    """Change the manifest, as somebody with an editor would."""
+    """Change the JSON of the manifest."""
     data = json.loads((folder / MANIFEST).read_text())
     change(data)
     (folder / MANIFEST).write_text(json.dumps(data))
@@ -169,7 +169,7 @@ def test_graph_files_are_found_by_name(folder: Path) -> None:
 
 
 def refused(folder: Path, *names: str) -> None:
-    """Opening raises a BundleError that has all the names in it."""
+    """Check that opening raises a BundleError whose message contains all of these texts."""
     with pytest.raises(BundleError) as caught:
         Bundle.open(folder)
     for name in names:
@@ -210,10 +210,10 @@ def test_a_symbolic_link_even_to_the_same_content(folder: Path, name: str) -> No
 
 @pytest.mark.parametrize("inner", ["", "bundles/16"])
 @pytest.mark.parametrize("name", ["step.onnx", MANIFEST, "all"])
-def test_a_bundle_in_the_hubs_cache_is_refused_with_the_command_that_cures_it(
+def test_a_bundle_in_the_hubs_cache_is_refused_with_the_command_that_copies_it(
     folder: Path, name: str, inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There each file is a link into a store of blobs, whose weights the runtimes refuse to read."""
+    """In the cache each file is a symbolic link to another folder, from where the runtimes refuse to read weights."""
     repository = tmp_path / "it's here" / "models--org--one"
     snapshot, blobs = repository / "snapshots" / ("0" * 40) / inner, repository / "blobs"
     snapshot.mkdir(parents=True)
@@ -234,7 +234,7 @@ def test_a_bundle_in_the_hubs_cache_is_refused_with_the_command_that_cures_it(
     refused(Path(), "symbolic link", "`cp -rL . ../one-bundle`")
 
 
-def test_a_linked_folder_is_as_good_as_its_target(folder: Path, tmp_path: Path) -> None:
+def test_a_link_to_the_folder_is_accepted(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     assert Bundle.open(tmp_path / "link").receipt() is not None
 
@@ -247,7 +247,7 @@ def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatc
     refused(folder, str(folder / "generator.data"), "Permission denied")
 
 
-# Each value in its place, and what the refusal says of it.
+# Wrong values for places in the manifest, and a part of the error's message.
 NO_COUNTS = (0, -1, True, 4.0, "4", None, [4], 2**31, 10**30)
 COUNTS = ("batch", "layers", "heads", "head_dim", "vocab", "block[1]", "latent[2]")
 MAY_BE_0 = ("condition_latents", "condition_frames", "video[0]", "text_tokens", "text_vocab")
@@ -334,7 +334,7 @@ CASES = [
 
 
 def put(data: Json, place: str, value: object) -> None:
-    """Set what a path such as `files[0].size` leads to."""
+    """Set the value at a path such as `files[0].size`."""
     *way, last = [int(key) if key.isdigit() else key for key in place.replace("[", ".").replace("]", "").split(".")]
     target: Any = data
     for key in way:
@@ -423,8 +423,8 @@ def one_more_file(path: str) -> Callable[[Manifest], Manifest]:
     return lambda manifest: replace(manifest, files=(*manifest.files, replace(manifest.files[0], path=path)))
 
 
-# Every value is possible, and together they cannot be. Signatures and loop are still those of the intact spec, which
-# must not be what is refused.
+# Each value is possible, but they contradict each other. Signatures and loop are those of the intact spec. The error
+# must be about the contradiction and not about them.
 CONTRADICTIONS: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
     "a block that does not tile": (spec(block=(1, 1, 3)), "block (1, 1, 3) does not tile latent (3, 4, 4)"),
     "a block longer than the clip": (spec(block=(4, 4, 4)), "does not tile"),
@@ -467,7 +467,7 @@ def test_values_that_contradict_each_other(folder: Path, name: str) -> None:
     intact = Bundle.open(folder).manifest
     manifest = change(intact)
     for file in manifest.files[4:]:
-        with suppress(shutil.SameFileError):  # all there, even those that must not be listed
+        with suppress(shutil.SameFileError):  # all files exist, even those that must not be listed
             shutil.copy(folder / "generator.data", folder / file.path)
     (folder / MANIFEST).write_text(json.dumps(intact.to_json() | asdict(manifest)))
     refused(folder, MANIFEST, words)
@@ -514,7 +514,7 @@ def test_a_manifest_with_any_value_in_any_place_opens_or_is_refused(
 
 
 def unproven(folder: Path) -> Bundle:
-    """The bundle, which opens with a warning that it has no valid receipt, and not at all where one is required."""
+    """Check that the bundle opens with a warning about its receipt, and not if one is required. Return the bundle."""
     advice = f"{folder} has no valid receipt: `nbp-export verify {folder}` proves it again"
     with pytest.warns(ReceiptWarning) as warned:
         bundle = Bundle.open(folder)
@@ -539,7 +539,7 @@ def test_the_receipt_is_valid_until_the_manifest_changes(folder: Path) -> None:
     unproven(folder)
 
 
-def test_the_receipt_is_void_once_a_byte_of_the_manifest_changes_that_means_nothing(folder: Path) -> None:
+def test_the_receipt_is_void_once_any_byte_of_the_manifest_changes(folder: Path) -> None:
     with (folder / MANIFEST).open("ab") as file:
         file.write(b"\n")
     unproven(folder)
@@ -571,7 +571,7 @@ def check(graph: str, **changes: object) -> Json:
     return {"graph": graph, "at": "", "tolerance": 1e-5, "worst": 1e-6, "where": ""} | changes
 
 
-NO_RECEIPTS: dict[str, Json] = {
+INVALID_RECEIPTS: dict[str, Json] = {
     "no checks": {"checks": []},
     "a graph unchecked": {"checks": [check("step")]},
     "a check failed": {"checks": [check("prefill"), check("step", worst=1e-4)]},
@@ -592,9 +592,9 @@ NO_RECEIPTS: dict[str, Json] = {
 }
 
 
-@pytest.mark.parametrize("name", NO_RECEIPTS)
+@pytest.mark.parametrize("name", INVALID_RECEIPTS)
 def test_a_receipt_that_proves_nothing(folder: Path, name: str) -> None:
-    prove(folder, **NO_RECEIPTS[name])
+    write_receipt(folder, **INVALID_RECEIPTS[name])
     unproven(folder)
 
 

@@ -1,4 +1,7 @@
-"""docs/bundle.md is enough to run a bundle: a program that follows it alone gives our loop's tokens and the trace."""
+"""Checks that docs/bundle.md suffices to run a bundle.
+
+A program that was written from it alone has to generate the same tokens as our loop, and to reproduce the trace.
+"""
 
 import ast
 import json
@@ -26,7 +29,7 @@ from tests.engines import by_the_book
 from tests.support import filled
 
 PAGE = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text()
-# What a clip is drawn with: both cuts are felt among 125 ids.
+# With these settings, top-k and top-p both remove some of the 125 ids.
 SETTINGS = Sampling(temperature=0.9, top_k=60, top_p=0.8)
 
 
@@ -60,8 +63,8 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def condition(bundle: Bundle) -> np.ndarray:
     spec = bundle.manifest.spec
-    known = spec.text_vocab if spec.hybrid else spec.vocab
-    return np.random.default_rng(1).integers(0, known, (spec.batch, spec.condition_tokens))
+    ids = spec.text_vocab if spec.hybrid else spec.vocab
+    return np.random.default_rng(1).integers(0, ids, (spec.batch, spec.condition_tokens))
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, GREEDY], ids=["sampled", "greedy"])
@@ -89,7 +92,7 @@ def test_a_program_with_a_fault_does_not_repeat_the_trace(bundle: Bundle, monkey
     lines = by_the_book.differences(bundle.path)
     assert any("uniforms differ" in line for line in lines)
     assert any("drawn differ" in line for line in lines)
-    assert not [line for line in lines if "logits" in line]  # fed are the trace's tokens
+    assert not [line for line in lines if "logits" in line]  # because the trace's tokens are fed
 
 
 def test_the_program_imports_nothing_of_ours() -> None:
@@ -101,7 +104,7 @@ def test_the_program_imports_nothing_of_ours() -> None:
 
 
 @pytest.mark.parametrize(("seed", "sample", "block"), [(0, 0, 0), (2**64 - 1, 2**63, 767), (5, 2**40, 1)])
-def test_the_pages_noise_is_ours(seed: int, sample: int, block: int) -> None:
+def test_the_noise_of_the_page_is_ours(seed: int, sample: int, block: int) -> None:
     noise = by_the_book.noise(seed, sample, 1, block, range(9))
     assert np.array_equal(noise[0], uniforms(seed, sample, block, 9))
 

@@ -1,4 +1,4 @@
-"""The device's side: its errors for real, and what we ask of it against an emulation that cannot drift from the API."""
+"""The GPU module: its errors without a GPU, and its work on an emulated GPU whose functions match the real API."""
 
 import importlib.util
 import inspect
@@ -37,17 +37,17 @@ from tests.engines.test_bundle import SPEC
 no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")
 
 
-# What is not there, for real.
+# Missing parts, without any emulation.
 
 
 @no_gpu
-def test_a_machine_without_a_driver_is_told_so() -> None:
+def test_a_missing_driver_has_its_own_error() -> None:
     with pytest.raises(EngineError, match=r"^no NVIDIA driver"):
         Device.open()
 
 
 @pytest.mark.parametrize("name", ["runtime", "driver", "nvrtc"])
-def test_without_cuda_python_the_pip_command_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_python_the_error_has_the_pip_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, f"cuda.bindings.{name}", None)
     cuda.bindings.cache_clear()
     with pytest.raises(EngineError, match=r"pip install 'cuda-bindings==13\.\*'"):
@@ -55,8 +55,8 @@ def test_without_cuda_python_the_pip_command_is_told(name: str, monkeypatch: pyt
     cuda.bindings.cache_clear()
 
 
-def test_without_nvrtc_the_pip_command_is_told(tmp_path: Path) -> None:
-    """In a process that has cuda-python and no other package."""
+def test_without_nvrtc_the_error_has_the_pip_command(tmp_path: Path) -> None:
+    """The error is raised in a process that has cuda-python but not NVRTC."""
     for name in ("cuda", "numpy", "click"):
         found = importlib.util.find_spec(name)
         assert found is not None
@@ -79,7 +79,7 @@ def test_without_nvrtc_the_pip_command_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "sm120"])
 def test_the_kernel_compiles(arch: str) -> None:
-    """By NVRTC itself, which needs no GPU, to code and not to PTX."""
+    """NVRTC itself compiles it, which needs no GPU. The result is machine code and not PTX."""
     if importlib.util.find_spec("nvidia.cu13") is None:
         pytest.skip("needs NVRTC")
     code = cuda.compiled(cuda.KERNEL.read_bytes(), arch)
@@ -88,7 +88,7 @@ def test_the_kernel_compiles(arch: str) -> None:
         assert f".text.sample_{dtype}".encode() in code
 
 
-def test_what_the_compiler_says_is_told() -> None:
+def test_the_compilers_message_is_part_of_the_error() -> None:
     if importlib.util.find_spec("nvidia.cu13") is None:
         pytest.skip("needs NVRTC")
     with pytest.raises(EngineError, match=r'for sm80: NVRTC_ERROR_COMPILATION: .*"nowhere" is undefined'):
@@ -108,12 +108,12 @@ OURS = {"compute", "gpu", "graphs", "taken", "real"}
 
 
 def public(kind: type) -> list[str]:
-    """What a class offers to a session."""
+    """Return the names that a class offers to a session."""
     return [name for name in dir(kind) if not name.startswith("_") and name not in OURS]
 
 
 def parameters(function: Any, name: str) -> set[tuple[str, ...]]:
-    """The names of a function's parameters, of each overload's where its docstring tells; no `self`."""
+    """Return the parameter names of a function without `self`, one tuple for each overload in its docstring."""
     try:
         found = [[*inspect.signature(function).parameters]]
     except ValueError:
@@ -142,7 +142,10 @@ def test_the_comparison_would_see_a_difference() -> None:
 
 
 def given_to_cuda() -> list[tuple[Any, tuple[Any, ...]]]:
-    """Every function that is called, with the arguments of its first call; NVRTC's are called for real elsewhere."""
+    """Return every CUDA function that we call, with the arguments of its first call.
+
+    The functions of NVRTC are left out, because another test calls the real ones.
+    """
     with emulated(Gpu()) as gpu:
         device = Device.open()
         sampler, logits = Sampler(device, SPEC), device.allocate((1, 4, SPEC.vocab), "fp32")
@@ -157,38 +160,38 @@ def given_to_cuda() -> list[tuple[Any, tuple[Any, ...]]]:
 
 @no_gpu
 @pytest.mark.parametrize(("function", "given"), given_to_cuda(), ids=lambda part: getattr(part, "__name__", ""))
-def test_the_real_functions_take_what_they_are_given(function: Any, given: tuple[Any, ...]) -> None:
-    """Arguments are converted before the missing driver is met: a wrong type would be a TypeError."""
-    with suppress(RuntimeError):  # of the loader that finds no driver
+def test_the_real_functions_accept_our_arguments(function: Any, given: tuple[Any, ...]) -> None:
+    """Arguments are converted before the missing driver is noticed, so a wrong type would raise a TypeError."""
+    with suppress(RuntimeError):  # cuda-python raises it if there is no driver
         status, *_ = function(*given)
         assert status.name in ("cudaErrorInsufficientDriver", "cudaSuccess", "cudaErrorInvalidValue")
 
 
-# What we ask of it.
+# Our use of the GPU, on the emulation.
 
 
 @pytest.fixture
-def device(gpu: Gpu) -> Iterator[Device]:  # noqa: ARG001 - it has to be there
+def device(gpu: Gpu) -> Iterator[Device]:  # noqa: ARG001 - the fixture has to be active
     device = Device.open()
     yield device
     device.close()
 
 
-def test_a_device_tells_what_it_is(device: Device) -> None:
+def test_a_device_has_name_architecture_and_free_memory(device: Device) -> None:
     assert (device.name, device.arch) == ("Emulated", "sm80")
     assert device.free() == 80 * 2**30
 
 
 @pytest.mark.parametrize(
-    ("found", "words"),
+    ("gpu", "words"),
     [
         (Gpu(served=0), "no NVIDIA driver"),
         (Gpu(served=12080), r"supports CUDA 12\.8, but 13\.0 is needed: install driver 580"),
         (Gpu(count=0), "no GPU to run on: cudaErrorNoDevice.*CUDA_VISIBLE_DEVICES"),
     ],
 )
-def test_a_device_that_is_not_there(found: Gpu, words: str) -> None:
-    with emulated(found), pytest.raises(EngineError, match=words):
+def test_a_gpu_that_cannot_be_used(gpu: Gpu, words: str) -> None:
+    with emulated(gpu), pytest.raises(EngineError, match=words):
         Device.open()
 
 
@@ -197,7 +200,7 @@ def test_a_number_that_no_gpu_has() -> None:
         Device.open(3)
 
 
-def test_memory_is_zero_although_it_was_not(device: Device) -> None:
+def test_allocated_memory_is_zeroed(device: Device) -> None:
     assert not device.allocate((3, 5), "fp32").read().any()
 
 
@@ -238,7 +241,7 @@ def test_what_does_not_fit_is_refused(device: Device, shape: Any, dtype: str, gi
         device.allocate(shape, dtype).write(given)
 
 
-def test_too_little_memory_is_told_in_bytes() -> None:
+def test_the_error_about_too_little_memory_has_the_bytes() -> None:
     with emulated(Gpu(memory=1000)) as gpu:
         device = Device.open()
         device.allocate((10, 10), "fp32")
@@ -248,7 +251,7 @@ def test_too_little_memory_is_told_in_bytes() -> None:
         device.close()
 
 
-def test_a_status_is_told_by_name(device: Device) -> None:
+def test_the_error_of_a_call_names_the_status(device: Device) -> None:
     with pytest.raises(EngineError, match="cudaMemcpyAsync: cudaErrorInvalidValue"):
         enqueue_copy(device, 16, 32, 4, "HostToDevice")
 
@@ -271,7 +274,7 @@ def test_a_captured_call_runs_when_it_is_launched_and_not_before(device: Device)
         assert out.host.tolist() == values
 
 
-def test_a_capture_that_fails_leaves_the_stream_as_it_was(gpu: Gpu, device: Device) -> None:
+def test_a_capture_that_fails_leaves_the_stream_usable(gpu: Gpu, device: Device) -> None:
     mirror = Mirror(device, [2], "fp32")
 
     def waits() -> None:
@@ -284,14 +287,13 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(gpu: Gpu, device: Devi
     assert not mirror.buffer.read().any()
 
 
-# A block of four tokens and a single one.
 settings = [Sampling(), GREEDY, Sampling(0.7, 5, 0.8), Sampling(2.0, 10**12, 1.0)]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("sampling", settings)
 @pytest.mark.parametrize("shape", [(1, 4), (1, 1)])
-def test_tokens_are_the_hosts(device: Device, dtype: str, sampling: Sampling, shape: tuple[int, int]) -> None:
+def test_tokens_are_those_of_the_host(device: Device, dtype: str, sampling: Sampling, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(3)
     spec = SystemSpec.from_json(SPEC.to_json() | {"dtype": dtype})
     logits, sampler = device.allocate((*shape, spec.vocab), dtype), Sampler(device, spec)
@@ -301,7 +303,7 @@ def test_tokens_are_the_hosts(device: Device, dtype: str, sampling: Sampling, sh
         assert np.array_equal(sampler.sample(logits, noise, sampling), sample(logits.read(), noise, sampling))
 
 
-def test_the_kernel_alone_works_on_addresses_and_waits_for_nothing(gpu: Gpu, device: Device) -> None:
+def test_the_kernel_without_copies_takes_addresses_and_does_not_wait(gpu: Gpu, device: Device) -> None:
     rng, shape = np.random.default_rng(4), (2, SPEC.vocab)
     logits, noise, tokens = (device.allocate(s, d) for s, d in ((shape, "fp32"), ((2,), "fp64"), ((2,), "int64")))
     logits.write(rng.standard_normal(shape).astype(np.float32))
@@ -314,14 +316,14 @@ def test_the_kernel_alone_works_on_addresses_and_waits_for_nothing(gpu: Gpu, dev
     other.close()
 
 
-def test_logits_of_the_host_are_drawn_there(gpu: Gpu, device: Device) -> None:
+def test_logits_on_the_host_are_drawn_there(gpu: Gpu, device: Device) -> None:
     logits, noise = np.eye(4, SPEC.vocab, dtype=np.float32)[None] * 9, np.full((1, 4), 0.5)
-    found = Sampler(device, SPEC).sample(logits, noise, Sampling())
-    assert np.array_equal(found, sample(logits, noise, Sampling()))
+    tokens = Sampler(device, SPEC).sample(logits, noise, Sampling())
+    assert np.array_equal(tokens, sample(logits, noise, Sampling()))
     assert not any(name.startswith("sample_") for name in gpu.log)
 
 
-def test_modules_of_the_emulation_give_the_real_ones_types_alone() -> None:
+def test_the_emulation_passes_on_only_types_and_constants() -> None:
     module: Module = Runtime(Gpu())
     assert module.cudaMemcpyKind is Runtime.real.cudaMemcpyKind
     with pytest.raises(AssertionError, match="cudaMallocAsync is not emulated"):

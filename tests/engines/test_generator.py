@@ -1,6 +1,6 @@
-"""The generation loop on a session whose logits are a checksum of everything it was told.
+"""The generation loop on a session whose logits are derived from a checksum of all tokens that it was fed.
 
-A token at a wrong place, position or time changes every later one.
+A token at a wrong place, position or time therefore changes every later token.
 """
 
 import zlib
@@ -23,7 +23,7 @@ NANOSECONDS = {"encode": 7, "prefill": 1_000, "sample": 13, "step": 100_000, "de
 
 
 def spec_of(block: tuple[int, int, int], batch: int = 1) -> SystemSpec:
-    """A 4x4x4 latent of 13 frames of 4×8, half of it given, so that every block tiles."""
+    """Return a spec with a 4x4x4 latent, half of it given, which every block tiles. The video has 13 frames of 4×8."""
     return SystemSpec(
         block=block,
         latent=(4, 4, 4),
@@ -40,13 +40,16 @@ def spec_of(block: tuple[int, int, int], batch: int = 1) -> SystemSpec:
 
 
 def logits_after(history: np.ndarray, size: int) -> np.ndarray:
-    """[L,V], another for every sequence of tokens, in block order."""
+    """Return logits [L,V] that differ for every sequence of tokens in block order."""
     rng = np.random.default_rng(zlib.crc32(history.astype(np.int64).tobytes()))
     return rng.standard_normal((size, V)).astype(np.float32)
 
 
 def video_of(tokens: np.ndarray) -> np.ndarray:
-    """[3,13,4,8] of raster tokens [64]: frame 0 of latent 0, then four frames a latent, causal in time."""
+    """Return a video [3,13,4,8] of tokens [64] in raster order.
+
+    It is causal in time. The first latent frame gives one video frame, and every other one gives four.
+    """
     sums = tokens.reshape(4, 4, 4).cumsum(0) / 1000
     frames = np.concatenate([sums[:1], sums[1:].repeat(4, axis=0) + np.tile(np.arange(4) / 8, 3)[:, None, None]])
     rgb = frames[None] + np.arange(3).reshape(3, 1, 1, 1)
@@ -54,7 +57,7 @@ def video_of(tokens: np.ndarray) -> np.ndarray:
 
 
 class FakeSession:
-    """Keeps a record of its calls, spends time on a clock, and reuses its output buffers as a runtime would."""
+    """A session that records its calls, advances a clock in each, and reuses its output buffers as a runtime does."""
 
     def __init__(self, spec: SystemSpec) -> None:
         self.spec = spec
@@ -114,7 +117,7 @@ def frames_for(spec: SystemSpec, seed: int = 0) -> np.ndarray:
 
 
 def block_order(block: tuple[int, int, int]) -> list[int]:
-    """Raster index of each token of the 4x4x4 latent in block order, one at a time."""
+    """Return the raster index of each token of the 4x4x4 latent in block order, computed by plain loops."""
     return [
         ((T + t) * 4 + H + h) * 4 + W + w
         for T in range(0, 4, block[0])
@@ -126,14 +129,14 @@ def block_order(block: tuple[int, int, int]) -> list[int]:
     ]
 
 
-def generated_by_hand(condition: np.ndarray, block: tuple[int, int, int], seed: int, index: int) -> list[int]:
-    """One clip's raster tokens, from its condition's raster tokens [32]."""
+def generated_by_hand(condition: np.ndarray, block: tuple[int, int, int], seed: int, clip_index: int) -> list[int]:
+    """Return the tokens of one clip from those of its condition [32], both in raster order."""
     order = block_order(block)
     size = block[0] * block[1] * block[2]
     history = [int(condition[raster]) for raster in order[:32]]
     for step in range(32 // size):
         logits = logits_after(np.array(history), size)
-        history += sample(logits, uniforms(seed, index, step, size), Sampling()).tolist()
+        history += sample(logits, uniforms(seed, clip_index, step, size), Sampling()).tolist()
     raster = [0] * 64
     for place, token in zip(order, history, strict=True):
         raster[place] = token
@@ -157,7 +160,7 @@ def test_the_calls_and_their_positions(block: tuple[int, int, int]) -> None:
     size, steps = session.spec.block_size, 32 // session.spec.block_size - 1
     assert [name for name, _ in session.calls] == ["encode", "prefill", "sample", *["step", "sample"] * steps, "decode"]
     assert [pos for name, pos in session.calls if name == "step"] == [[32 + size * i] for i in range(steps)]
-    # The last block is never fed back: the cache ends where it would stand.
+    # The last block is never fed back, so the cache has no slots for it and all others are filled.
     assert (session.cache >= 0).all()
 
 
@@ -174,13 +177,13 @@ def test_the_session_sees_block_order_and_the_caller_raster_order() -> None:
 def test_blocks_appear_one_by_one() -> None:
     session = FakeSession(spec_of((1, 2, 2)))
     order = block_order((1, 2, 2))
-    seen = []
-    for done, clip in enumerate(Generator(session).blocks(np.ones((1, 32), np.int64)), start=1):
-        later = order[32 + 4 * done :]
+    prefixes = []
+    for count, clip in enumerate(Generator(session).blocks(np.ones((1, 32), np.int64)), start=1):
+        later = order[32 + 4 * count :]
         assert not clip[0, later].any()
-        seen.append(clip[0, order[32 : 32 + 4 * done]].tolist())
-    assert len(seen) == 8
-    assert all(after[: len(before)] == before for before, after in pairwise(seen))
+        prefixes.append(clip[0, order[32 : 32 + 4 * count]].tolist())
+    assert len(prefixes) == 8
+    assert all(after[: len(before)] == before for before, after in pairwise(prefixes))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -199,22 +202,22 @@ def test_streamed_frames_come_before_later_tokens_are_made_and_stay_as_they_were
     first = next(stream)
     assert [name for name, _ in session.calls].count("sample") == 4
     assert not first.tokens[0, 48:].any()
-    kept = (first.video.copy(), first.tokens.copy())
+    copies = (first.video.copy(), first.tokens.copy())
     next(stream)
-    assert np.array_equal(first.video, kept[0])
-    assert np.array_equal(first.tokens, kept[1])
+    assert np.array_equal(first.video, copies[0])
+    assert np.array_equal(first.tokens, copies[1])
 
 
 def test_a_clip_stays_as_it_was_when_the_session_makes_another() -> None:
     session = FakeSession(spec_of((1, 1, 4)))
     first = Generator(session, seed=1).predict(frames_for(session.spec))
-    kept = (first.video.copy(), first.tokens.copy())
+    copies = (first.video.copy(), first.tokens.copy())
     Generator(session, seed=2).predict(frames_for(session.spec, seed=8))
-    assert np.array_equal(first.video, kept[0])
-    assert np.array_equal(first.tokens, kept[1])
+    assert np.array_equal(first.video, copies[0])
+    assert np.array_equal(first.tokens, copies[1])
 
 
-def test_clips_of_a_batch_have_the_noise_of_successive_samples() -> None:
+def test_clips_of_a_batch_have_the_noise_of_successive_clip_indices() -> None:
     batch = FakeSession(spec_of((1, 2, 2), batch=3))
     frames = frames_for(batch.spec)
     together = Generator(batch, seed=9).predict(frames, sample=4)
@@ -224,7 +227,7 @@ def test_clips_of_a_batch_have_the_noise_of_successive_samples() -> None:
         assert np.array_equal(alone.video[0], together.video[b])
 
 
-def test_the_same_seed_and_sample_give_the_same_clip_and_others_another() -> None:
+def test_the_clip_depends_on_seed_and_clip_index_alone() -> None:
     session = FakeSession(spec_of((1, 1, 4)))
     frames = frames_for(session.spec)
     first = Generator(session, seed=1).predict(frames)
@@ -243,7 +246,7 @@ def test_sampling_settings_reach_the_session() -> None:
 
 
 class Clock:
-    """Time that passes only in the session's calls, one nanosecond at each look, and where a test says so."""
+    """A clock that advances in the session's calls, by one nanosecond in each reading, and when a test advances it."""
 
     def __init__(self, session: FakeSession) -> None:
         self.session = session
@@ -262,7 +265,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
 
 def test_spans_add_up_to_the_wall_time_without_a_gap(timed: FakeSession) -> None:
     clip = Generator(timed).predict(frames_for(timed.spec))
-    assert clip.timeline.total_ns == timed.now - 1  # the look that began it
+    assert clip.timeline.total_ns == timed.now - 1  # without the first reading
     assert clip.timeline.spans == [
         (stage, NANOSECONDS[stage] + 1) for stage in ["encode", "prefill", "sample", *["step", "sample"] * 7, "decode"]
     ]
@@ -275,13 +278,13 @@ def test_a_streams_timeline_leaves_out_what_the_caller_does_between_frames(timed
         timed.now += 123_456
         idle += 123_456
         timeline = piece.timeline
-    assert timeline.total_ns == timed.now - started - idle - 1 - 2  # each resumption looks once more
+    assert timeline.total_ns == timed.now - started - idle - 1 - 2  # each resumption reads the clock once more
     assert [stage for stage, _ in timeline.spans].count("decode") == 2
     assert {ns - NANOSECONDS[stage] for stage, ns in timeline.spans} == {1}
 
 
 class UnrollingSession(FakeSession):
-    """One that makes a clip's tokens in one call, of the same logits."""
+    """A session that generates the tokens of a clip in one call, from the same logits."""
 
     unrolls = True
 
@@ -300,24 +303,24 @@ def test_a_session_may_make_all_tokens_in_one_call(
     block: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(block, batch=2)
-    due = Generator(FakeSession(spec), seed=5).predict(frames_for(spec), sample=3)
+    expected = Generator(FakeSession(spec), seed=5).predict(frames_for(spec), sample=3)
     session = UnrollingSession(spec)
     monkeypatch.setattr(module, "time", Clock(session))
     clip = Generator(session, seed=5).predict(frames_for(spec), sample=3)
-    assert np.array_equal(clip.tokens, due.tokens)
-    assert np.array_equal(clip.video, due.video)
+    assert np.array_equal(clip.tokens, expected.tokens)
+    assert np.array_equal(clip.video, expected.video)
     assert [name for name, _ in session.calls] == ["encode", "unroll", "decode"]
     assert clip.timeline.spans == [("encode", 8), ("loop", 1_000_001), ("decode", 10_000_001)]
 
 
-def test_a_session_that_gains_nothing_is_driven_step_by_step() -> None:
+def test_a_session_that_does_not_unroll_is_run_step_by_step() -> None:
     session = UnrollingSession(spec_of((1, 1, 4)))
     session.unrolls = False
     Generator(session).predict(frames_for(session.spec))
     assert "unroll" not in {name for name, _ in session.calls}
 
 
-def test_a_stream_is_made_step_by_step_all_the_same() -> None:
+def test_a_stream_is_always_generated_step_by_step() -> None:
     session = UnrollingSession(spec_of((1, 1, 4)))
     list(Generator(session).stream(frames_for(session.spec)))
     assert "unroll" not in dict(session.calls)

@@ -1,4 +1,4 @@
-"""The noise, against the published algorithm written out in Python's integers."""
+"""Compares the noise with the published algorithm, implemented here with Python's integers."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ Four = tuple[int, int, int, int]
 
 
 def philox4x64(counter: Four, key: tuple[int, int]) -> Four:
-    """Ten rounds, as in Salmon et al., SC 2011."""
+    """Return the four words of a counter and a key after ten rounds, as in Salmon et al., SC 2011."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         hi0, lo0 = divmod(0xD2E7470EE14C6C93 * c0, WORD)
@@ -23,7 +23,7 @@ def philox4x64(counter: Four, key: tuple[int, int]) -> Four:
     return c0, c1, c2, c3
 
 
-# The known answers that Random123, the algorithm's published implementation, comes with.
+# These are test vectors of Random123, the published implementation of the algorithm.
 @pytest.mark.parametrize(
     ("counter", "key", "answer"),
     [
@@ -41,18 +41,18 @@ def test_the_independent_philox_gives_the_published_answers(counter: Four, key: 
 
 
 @given(words, words, words, st.integers(1, 300))
-def test_each_position_takes_its_word_of_philox(seed: int, sample: int, step: int, count: int) -> None:
-    found = uniforms(seed, sample, step, count)
-    assert found.dtype == np.float64
-    assert found.shape == (count,)
+def test_each_position_takes_its_word_of_philox(seed: int, clip_index: int, block: int, count: int) -> None:
+    actual = uniforms(seed, clip_index, block, count)
+    assert actual.dtype == np.float64
+    assert actual.shape == (count,)
     for position in {0, count // 2, count - 1}:
-        word = philox4x64((1 + position // 4, step, 0, 0), (seed, sample))[position % 4]
-        assert found[position] == (word >> 11) / 2**53
+        word = philox4x64((1 + position // 4, block, 0, 0), (seed, clip_index))[position % 4]
+        assert actual[position] == (word >> 11) / 2**53
 
 
 @given(words, words, words, st.integers(1, 300), st.integers(1, 300))
-def test_a_position_does_not_depend_on_how_many_are_drawn(seed: int, sample: int, step: int, m: int, n: int) -> None:
-    assert uniforms(seed, sample, step, m)[:n].tolist() == uniforms(seed, sample, step, n)[:m].tolist()
+def test_a_number_does_not_depend_on_the_count(seed: int, clip_index: int, block: int, m: int, n: int) -> None:
+    assert uniforms(seed, clip_index, block, m)[:n].tolist() == uniforms(seed, clip_index, block, n)[:m].tolist()
 
 
 def test_uniforms_fill_the_half_open_unit_interval() -> None:
@@ -60,12 +60,12 @@ def test_uniforms_fill_the_half_open_unit_interval() -> None:
     assert drawn.min() >= 0.0
     assert drawn.max() < 1.0
     counts = np.histogram(drawn, bins=100, range=(0, 1))[0]
-    # Chi-square with 99 degrees of freedom: mean 99, deviation 14; the drawn numbers are always the same.
+    # A chi-square of 99 degrees of freedom has mean 99 and deviation 14. The numbers are the same in every run.
     assert 60 < ((counts - 1000) ** 2 / 1000).sum() < 150
 
 
-def test_seed_sample_and_step_each_make_another_stream() -> None:
-    keys = [(seed, sample, step) for seed in range(4) for sample in range(4) for step in range(4)]
+def test_each_seed_clip_index_and_block_has_its_own_stream() -> None:
+    keys = [(seed, clip_index, block) for seed in range(4) for clip_index in range(4) for block in range(4)]
     streams = np.stack([uniforms(*key, 1000) for key in keys])
     assert len(np.unique(streams)) == streams.size
     correlation = np.corrcoef(streams) - np.eye(len(keys))

@@ -1,4 +1,4 @@
-"""A session never lets the runtime write where the manifest alone says that there is room."""
+"""A session checks the inputs and outputs of a graph before the runtime may write to memory of the manifest's sizes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ Change = Callable[[ModelProto], None]
 
 
 def graph(spec: GraphSpec) -> ModelProto:
-    """A graph with these inputs and outputs: logits of zeros, and the caches as they were."""
+    """Return a graph with these inputs and outputs. Its logits are zeros, and it does not change the caches."""
     inputs, outputs = (
         [helper.make_tensor_value_info(t.name, TYPES[t.dtype], t.shape) for t in tensors]
         for tensors in (spec.inputs, spec.outputs)
@@ -28,12 +28,12 @@ def graph(spec: GraphSpec) -> ModelProto:
     nodes = [helper.make_node("ConstantOfShape", ["shape"], ["logits"], value=zero)]
     nodes += [helper.make_node("Identity", [given], [name]) for name, given in spec.aliases.items()]
     shape = helper.make_tensor("shape", TensorProto.INT64, [3], logits.shape)
-    made = helper.make_graph(nodes, spec.name, inputs, outputs, [shape])
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    built = helper.make_graph(nodes, spec.name, inputs, outputs, [shape])
+    return helper.make_model(built, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
 def bundle(path: Path, spec: SystemSpec, change: Change = lambda _: None) -> Path:
-    """A bundle whose manifest says `SPEC`, with graphs of another spec, changed."""
+    """Make a bundle whose manifest has `SPEC`, but whose graphs have another spec and a change."""
     models = {name: graph(of) for name, of in spec.generator_graphs().items()}
     for model in models.values():
         change(model)
@@ -60,7 +60,7 @@ def any_batch(model: ModelProto) -> None:
 
 
 def declared_smaller(model: ModelProto) -> None:
-    """The graph lies too, as the manifest does: the runtime sees through it."""
+    """Declare fewer logits than the graph computes. ONNX Runtime infers the true shape."""
     model.graph.output[0].type.tensor_type.shape.dim[2].dim_value = SPEC.vocab
 
 
@@ -68,7 +68,7 @@ def keep(_: ModelProto) -> None:
     """Change nothing."""
 
 
-LIES: dict[str, tuple[SystemSpec, Change, str]] = {
+DIFFERENCES: dict[str, tuple[SystemSpec, Change, str]] = {
     "more logits": (replace(SPEC, vocab=31), keep, r"output logits is tensor\(float\) \[1, 4, 31\], .*\[1, 4, 30\]"),
     "fewer logits": (replace(SPEC, vocab=29), keep, r"output logits is .*\[1, 4, 29\], .*\[1, 4, 30\]"),
     "more logits, declared as fewer": (replace(SPEC, vocab=64), declared_smaller, r"output logits is .*\[1, 4, 64\]"),
@@ -84,11 +84,11 @@ LIES: dict[str, tuple[SystemSpec, Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LIES)
+@pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_graph_that_is_not_the_manifests_is_refused_before_memory_is_bound(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec, change, words = LIES[name]
+    spec, change, words = DIFFERENCES[name]
     path = bundle(tmp_path / "toy", spec, change)
 
     def bound(tensor: TensorSpec) -> np.ndarray:
@@ -99,9 +99,9 @@ def test_a_graph_that_is_not_the_manifests_is_refused_before_memory_is_bound(
         open_session(path, threads=1)
 
 
-def test_a_graph_that_hides_what_it_gives_is_stopped_by_the_runtime(tmp_path: Path) -> None:
+def test_a_graph_that_hides_its_output_shape_is_stopped_by_the_runtime(tmp_path: Path) -> None:
     def hidden(model: ModelProto) -> None:
-        """Compute the shape from an input, so that only the declaration tells it before the graph runs."""
+        """Compute the shape from an input, so that nothing contradicts the declared shape before the graph runs."""
         node = model.graph.node[0]
         model.graph.node.insert(0, helper.make_node("Add", [node.input[0], "nothing"], ["computed"]))
         model.graph.node.insert(0, helper.make_node("Sub", ["cache_pos", "cache_pos"], ["nothing"]))

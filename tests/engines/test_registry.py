@@ -1,4 +1,4 @@
-"""The table of runtimes: everything that differs between them is read from its entries."""
+"""The table of runtimes. Code reads the differences between runtimes from its entries."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ NAMES = {*RUNTIMES, "naive", "eager", "cudagraph", "compiled"}
 
 
 @pytest.mark.parametrize("package", ["nbp_export", "engines", "bench", "reports", "reference"])
-def test_nobody_compares_the_name_of_a_runtime_or_an_engine(package: str) -> None:
+def test_no_code_compares_the_name_of_a_runtime_or_an_engine(package: str) -> None:
     compared = re.compile(rf"(==|!=|\bin \(|\bcase) *[\"']({'|'.join(NAMES)}|onnx|cuda)[\"']")
     lines = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"

@@ -1,7 +1,8 @@
-"""The CUDA kernel that draws tokens, run on a CPU, thread for thread, against the same definition in numpy.
+"""Compares the sampling kernel, which runs here on a CPU, with the implementation in numpy.
 
-Both work in fp64, and their sums differ in the last digits alone: by the order of adding, and by the exp of two
-libraries. So tokens must be identical wherever no sum meets top-p or the noise to within CLOSE; others are left out.
+Both compute in fp64. Their sums differ only in the last digits, because they add in another order and use the exp of
+another library. Tokens must be identical unless a sum equals top-p or the noise to within CLOSE; such rows are not
+compared.
 """
 
 import functools
@@ -30,7 +31,7 @@ PLAIN = ["-O2", "-Werror"]
 RACES = ["-O1", "-g", "-fsanitize=thread"]
 BOUNDS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-# Whole numbers, so that ties are common; both zeros; what is never drawn.
+# Whole numbers make ties common. The list also has both zeros, and -inf, which is never drawn.
 logit_lists = st.lists(st.sampled_from([*map(float, range(-6, 7)), -0.0, 0.5, -np.inf]), min_size=1, max_size=70)
 settings = st.builds(
     Sampling,
@@ -42,7 +43,7 @@ settings = st.builds(
 
 @functools.cache
 def compiled(threads: int, options: tuple[str, ...], source: Path = SOURCE) -> Path:
-    """The kernel as a program of so many threads a block."""
+    """Compile the kernel to a program with this number of threads per block, and return its path."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     program = Path(tempfile.mkdtemp(dir=FOLDER.name)) / "kernel"
@@ -53,7 +54,7 @@ def compiled(threads: int, options: tuple[str, ...], source: Path = SOURCE) -> P
 
 
 def in_format(logits: np.ndarray, name: str) -> np.ndarray:
-    """The logits rounded to a format: float16 or float32, which holds every bf16 exactly."""
+    """Return the logits rounded to a format, as float16 or as float32, which holds every bf16 number exactly."""
     rounded: np.ndarray = logits.astype(np.float16 if name == "fp16" else np.float32)
     if name == "bf16":
         rounded = (rounded.view(np.uint32) & 0xFFFF0000).view(np.float32)
@@ -69,7 +70,7 @@ def by_kernel(
     options: list[str] = PLAIN,
     source: Path = SOURCE,
 ) -> np.ndarray:
-    """The kernel's tokens for logits [rows, V] that `in_format` gave."""
+    """Return the kernel's tokens for logits [rows, V] from `in_format`."""
     memory = (logits.view(np.uint32) >> 16).astype(np.uint16) if name == "bf16" else logits
     command = [compiled(threads, tuple(options), source), f"sample_{name}", *logits.shape]
     command += [repr(sampling.temperature), sampling.top_k, repr(sampling.top_p)]
@@ -84,11 +85,11 @@ def by_kernel(
 
 
 def clear(logits: np.ndarray, uniforms: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Which rows leave numpy's last digits nothing to decide."""
+    """Return for each row whether its token is certain, whatever the last digits of the sums are."""
     if sampling.temperature == 0:
         return np.ones(len(logits), bool)
     unlimited = Sampling(sampling.temperature, sampling.top_k, 1.0)
-    object.__setattr__(unlimited, "top_p", 2.0)  # beyond what settings may be: it drops nothing, rounding or not
+    object.__setattr__(unlimited, "top_p", 2.0)  # this is out of range, so that top-p drops nothing even with rounding
     probs = nucleus(logits, unlimited)
     ranked = -np.sort(-probs, axis=-1)
     before = ranked.cumsum(-1) - ranked
@@ -97,18 +98,18 @@ def clear(logits: np.ndarray, uniforms: np.ndarray, sampling: Sampling) -> np.nd
         probs = nucleus(logits, sampling)
     cdf = probs.cumsum(-1) / probs.sum(-1, keepdims=True)
     at_an_end = np.isin(uniforms, [0.0, LAST])[:, None]
-    # At the ends of the noise the first and the last token are meant, of those that a sum still notices.
+    # For the smallest and the largest uniform the first and the last token count, unless they are too small for a sum.
     apart &= np.where(at_an_end, probs > CLOSE, abs(cdf - uniforms[:, None]) > CLOSE) | (probs == 0)
     return np.asarray(apart.all(-1))
 
 
 def check(logits: np.ndarray, uniforms: np.ndarray, sampling: Sampling, name: str, threads: int = 4) -> int:
-    """Compares where the comparison is fair, and says in how many rows it was."""
+    """Compare the tokens of all rows whose token is certain, and return the number of these rows."""
     logits = in_format(logits, name)
-    fair = clear(logits, uniforms, sampling)
+    certain = clear(logits, uniforms, sampling)
     tokens = by_kernel(logits, uniforms, sampling, name, threads)
-    assert tokens[fair].tolist() == sample(logits, uniforms, sampling)[fair].tolist()
-    return int(fair.sum())
+    assert tokens[certain].tolist() == sample(logits, uniforms, sampling)[certain].tolist()
+    return int(certain.sum())
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -124,7 +125,7 @@ def test_small_cases_agree_ties_at_the_edges_included(name: str, logits: list[fl
 @given(st.integers(0, 2**32), st.integers(1, 1500), st.floats(0.01, 30), st.integers(1, 2000), st.floats(0.01, 1.0))
 @budget(deadline=None, max_examples=50)
 def test_random_rows_agree(name: str, seed: int, vocab: int, spread: float, top_k: int, top_p: float) -> None:
-    """From flat rows to rows of a single peak."""
+    """The rows range from flat ones to rows with a single peak."""
     rng = np.random.default_rng(seed)
     uniforms = np.array([0.0, LAST, *rng.uniform(size=4)])
     sampling = Sampling(float(rng.uniform(0.1, 3)), top_k, top_p)
@@ -139,10 +140,12 @@ def test_random_rows_agree(name: str, seed: int, vocab: int, spread: float, top_
 @pytest.mark.parametrize(("vocab", "rows"), [(1000, 64), (64_000, 4)])
 def test_rows_as_models_give_them_agree(vocab: int, rows: int, sampling: Sampling, name: str, threads: int) -> None:
     rng = np.random.default_rng(vocab)
-    # In half precision thousands of the 64,000 logits are equal: ties at both edges.
+    # In half precision thousands of the 64,000 logits are equal, so there are ties at both edges.
     logits = 3 * rng.standard_normal((rows, vocab))
     uniforms = np.array([0.0, *rng.uniform(size=rows - 1)])
-    assert check(logits, uniforms, sampling, name, threads) >= rows - 1  # at 0 the first token may weigh too little
+    assert (
+        check(logits, uniforms, sampling, name, threads) >= rows - 1
+    )  # the first token may be too small for the uniform 0
 
 
 def test_the_largest_vocabulary_of_the_authors_agrees() -> None:
@@ -152,7 +155,7 @@ def test_the_largest_vocabulary_of_the_authors_agrees() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_number_of_threads_gives_the_same_tokens(name: str) -> None:
-    """Also where the last digits decide: no sum depends on which thread came first."""
+    """This includes rows where the last digits decide, because no sum depends on which thread comes first."""
     rng = np.random.default_rng(1)
     logits = in_format(rng.integers(-3, 4, (64, 900)).astype(float), name)
     uniforms, sampling = np.arange(64) / 64, Sampling(1.0, 600, 0.9)
@@ -161,7 +164,7 @@ def test_every_number_of_threads_gives_the_same_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_equals_stay_by_id(name: str) -> None:
+def test_the_lowest_ids_of_ties_are_kept(name: str) -> None:
     logits = in_format(np.tile(np.log([0.1, 0.2, 0.2, 0.2, 0.3]), (200, 1)), name)
     drawn = by_kernel(logits, np.linspace(0, LAST, 200), Sampling(top_p=0.6), name)
     assert sorted(set(drawn.tolist())) == [1, 2, 4]
@@ -171,9 +174,9 @@ def test_equals_stay_by_id(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("sampling", [Sampling(1.0, 3, 0.9), Sampling(1e5, 6, 1.0), GREEDY])
-def test_what_is_no_number_is_taken_as_numpy_takes_it(sampling: Sampling, name: str) -> None:
-    odd = [np.nan, -np.nan, np.inf, -np.inf]
-    rows = [[5.0, 1.0, value, 2.0, other, 2.0] for value in odd for other in [*odd, 0.0]] + [[-np.inf] * 6]
+def test_nan_and_infinity_give_the_same_tokens_as_in_numpy(sampling: Sampling, name: str) -> None:
+    special = [np.nan, -np.nan, np.inf, -np.inf]
+    rows = [[5.0, 1.0, value, 2.0, other, 2.0] for value in special for other in [*special, 0.0]] + [[-np.inf] * 6]
     logits = in_format(np.array(rows), name)
     uniforms = np.full(len(rows), 0.45)
     with np.errstate(invalid="ignore"):
@@ -182,8 +185,8 @@ def test_what_is_no_number_is_taken_as_numpy_takes_it(sampling: Sampling, name: 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_finite_value_is_read_as_it_is(name: str) -> None:
-    """Subnormals too: a row [x, 0] at temperature |x| puts 1/(1 + e^±1) on the second token."""
+def test_every_finite_value_is_read_exactly(name: str) -> None:
+    """This includes subnormals. In a row [x, 0] at temperature |x| the second token has probability 1/(1 + e^±1)."""
     sizes = {"fp32": [1e-45, 1e-40, 2**-126], "fp16": [2**-24, 5e-5, 65504], "bf16": [9.2e-41, 2**-126, 1e38]}
     for size in [*sizes[name], 1.0, 0.75, 300.0]:
         for sign in (1, -1):
@@ -196,7 +199,7 @@ def test_every_finite_value_is_read_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("uniform", [LAST, 1.0])
 @pytest.mark.parametrize("sampling", [Sampling(1.0, 20, 0.95), Sampling(1.0, 37, 1.0)])
 def test_a_draw_never_leaves_the_kept_tokens(sampling: Sampling, uniform: float) -> None:
-    """Nor those that the sum still notices."""
+    """The last logit is so small that it does not change the sum."""
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((100, 37)).astype(np.float32)
     logits[:, -1] = -200.0
@@ -218,13 +221,16 @@ def test_sanitizers_find_nothing(sampling: Sampling, name: str, options: list[st
 BROKEN = {
     "ended": ("unsigned best = largest();", "unsigned best = largest(); if (threadIdx.x == 1) return 0;"),
     "another barrier": ("            fill(shift", "            if (threadIdx.x) __syncthreads(); fill(shift"),
-    "data race": ("atomicMax(&scratch.largest, mine);", "scratch.largest = max(scratch.largest, mine);"),
+    "data race": (
+        "atomicMax(&scratch.largest, thread_largest);",
+        "scratch.largest = max(scratch.largest, thread_largest);",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_fault_between_threads_is_noticed(fault: str, tmp_path: Path) -> None:
-    """Which is what the other tests rely on."""
+    """The other tests rely on the emulation of threads noticing such faults."""
     right, wrong = BROKEN[fault]
     text = SOURCE.read_text()
     assert text.count(right) == 1

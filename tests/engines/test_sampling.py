@@ -1,4 +1,4 @@
-"""Drawing in numpy, against the same definition in PyTorch, which has its own tests."""
+"""Compares drawing in numpy with the reference in PyTorch, which has its own tests."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from nbp_reference import sampling as reference
 
 LAST = 1 - 2**-53  # the largest uniform that Philox's 53 bits can give
 
-# Whole numbers, so that ties are common.
+# Whole numbers make ties common.
 logit_lists = st.lists(st.integers(-6, 6).map(float), min_size=1, max_size=12)
 settings = st.builds(
     Sampling, st.sampled_from([0.5, 1.0, 2.0]), st.integers(1, 14), st.sampled_from([0.05, 0.33, 0.77, 0.9, 1.0])
@@ -29,7 +29,7 @@ def by_reference(logits: np.ndarray, uniforms: np.ndarray, settings: Sampling) -
 
 
 def evenly(count: int) -> np.ndarray:
-    """Uniforms over the whole interval, both ends included."""
+    """Return uniforms over the whole interval, including both ends."""
     return np.linspace(0.0, LAST, count)
 
 
@@ -45,7 +45,7 @@ def test_small_cases_agree_ties_at_the_edges_included(logits: list[float], setti
 @pytest.mark.parametrize(("vocab", "rows"), [(1000, 512), (64_000, 32)])
 def test_random_logits_agree(vocab: int, rows: int, settings: Sampling, dtype: type) -> None:
     rng = np.random.default_rng(vocab)
-    # In half precision thousands of the 64,000 logits are equal: ties at both edges.
+    # In half precision thousands of the 64,000 logits are equal, so there are ties at both edges.
     logits: np.ndarray = (3 * rng.standard_normal((2, rows // 2, vocab))).astype(dtype)
     uniforms = rng.uniform(size=(2, rows // 2))
     uniforms[:, 0], uniforms[:, 1] = 0.0, LAST
@@ -54,13 +54,13 @@ def test_random_logits_agree(vocab: int, rows: int, settings: Sampling, dtype: t
     assert np.array_equal(tokens, by_reference(logits, uniforms, settings))
 
 
-def test_equals_of_the_kth_logit_stay() -> None:
+def test_ties_with_the_kth_logit_are_kept() -> None:
     logits = np.array([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
     kept = nucleus(logits, Sampling(top_k=2, top_p=1.0)) > 0
     assert kept.tolist() == [False, True, True, True, True, False]
 
 
-def test_the_token_that_crosses_top_p_stays_and_equals_give_way_by_id() -> None:
+def test_the_token_that_crosses_top_p_is_kept_and_ties_are_kept_by_id() -> None:
     logits = np.log([0.1, 0.2, 0.2, 0.2, 0.3])
     kept = nucleus(logits, Sampling(top_p=0.6)) > 0
     assert kept.tolist() == [False, True, True, False, True]
@@ -72,7 +72,7 @@ def test_only_tokens_of_the_nucleus_are_drawn(logits: list[float], settings: Sam
     probs = nucleus(row, settings)
     token = int(sample(row[None], np.array([uniform]), settings)[0])
     assert probs[token] > 0
-    # What stays is what would have been likeliest anyway: nothing dropped beats anything kept.
+    # No dropped token has a larger logit than a kept one.
     assert row[probs == 0].max(initial=-np.inf) <= row[probs > 0].min()
 
 
@@ -85,7 +85,7 @@ def test_the_ends_of_the_noise_draw_the_first_and_the_last_kept_token(logits: li
 
 @pytest.mark.parametrize("uniform", [LAST, 1.0])
 def test_a_draw_never_leaves_the_kept_tokens(uniform: float) -> None:
-    """Not even where noise of fewer bits, or a product, has been rounded up to 1."""
+    """Not even if the uniform, or its product with the total, is rounded up to 1."""
     rng = np.random.default_rng(0)
     probs = rng.uniform(size=(500, 37)) * 10.0 ** rng.integers(-300, 0, (500, 1))
     probs[:, -1] = 0.0
@@ -97,7 +97,7 @@ def test_greedy_takes_the_first_of_the_largest(logits: list[float]) -> None:
     assert sample(np.array([logits]), np.array([LAST]), GREEDY)[0] == logits.index(max(logits))
 
 
-def test_the_logits_are_left_alone() -> None:
+def test_the_logits_are_not_changed() -> None:
     logits = np.random.default_rng(0).standard_normal((2, 50))
     before = logits.copy()
     sample(logits, np.array([0.2, 0.8]), Sampling(top_k=5))
@@ -124,6 +124,6 @@ def test_every_other_temperature_draws_by_the_rule(temperature: float, uniform: 
 @pytest.mark.parametrize(
     "changes", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}]
 )
-def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any]) -> None:
+def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="temperature must be at least 0"):
         Sampling(**changes)

@@ -1,4 +1,4 @@
-"""The static numbers of a bundle, and the graphs' inputs and outputs that follow from them."""
+"""The static numbers of a bundle, and the inputs and outputs of its graphs that follow from them."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ SHAPES = {1: (1, 1, 1), 8: (1, 1, 8), 16: (1, 1, 16), 32: (1, 2, 16), 64: (1, 4,
 
 @st.composite
 def tiled(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A block and a latent that it tiles."""
+    """Return a block and a latent that it tiles."""
     block = draw(st.tuples(*[st.integers(1, 4)] * 3))
     counts = draw(st.tuples(*[st.integers(1, 4)] * 3))
     return block, tuple(b * n for b, n in zip(block, counts, strict=True))
@@ -39,8 +39,8 @@ def tiled(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
 @given(tiled())
 def test_the_order_is_the_reference_blocks(case: tuple[tuple[int, int, int], tuple[int, int, int]]) -> None:
     block, latent = case
-    found = replace(K600, block=block, latent=latent).block_order()
-    assert found.tolist() == BlockShape(*block).order(Latent(*latent)).tolist()
+    order = replace(K600, block=block, latent=latent).block_order()
+    assert order.tolist() == BlockShape(*block).order(Latent(*latent)).tolist()
 
 
 def test_the_order_of_a_small_block_by_hand() -> None:

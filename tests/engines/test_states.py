@@ -1,4 +1,4 @@
-"""A session's states: what a graph carries from run to run is declared, be it a KV cache or not."""
+"""The states of a session. A graph declares the values that it carries from run to run; they need not be KV caches."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ COUNTING = GraphSpec(
 
 
 class _CountingManifest(Manifest):
-    """A manifest whose one graph adds its input to a running sum, in memory of its own."""
+    """A manifest whose only graph adds its input to a running sum, which is a state that is not updated in place."""
 
     def graph_specs(self) -> dict[str, GraphSpec]:
         return {COUNTING.name: COUNTING}
@@ -55,26 +55,26 @@ def test_a_state_that_is_no_kv_cache_is_carried_from_run_to_run(tmp_path: Path) 
     with OrtSession(counting(tmp_path), OpenOptions(threads=1)) as session:
         assert session.states.keys() == {"sum"}
         for total in (1.0, 2.0, 3.0):
-            found = session.run("decode_next", x=np.ones(2, np.float32))
-            assert found.tolist() == [total / 2, total / 2]
+            mean = session.run("decode_next", x=np.ones(2, np.float32))
+            assert mean.tolist() == [total / 2, total / 2]
         session.write_states({"sum": np.array([10, 20], np.float32)})
         session.run("decode_next", x=np.ones(2, np.float32))
         assert session.read_states()["sum"].tolist() == [11, 21]
 
 
-def test_the_arguments_of_a_graph_are_all_given_and_no_others(tmp_path: Path) -> None:
-    tokens, at = np.zeros((1, 4), np.int64), np.array([16])
+def test_missing_and_unknown_arguments_of_a_graph_are_refused(tmp_path: Path) -> None:
+    tokens, cache_pos = np.zeros((1, 4), np.int64), np.array([16])
     with open_session(bundle(tmp_path / "toy", SPEC), threads=1) as session:
-        session.run("step", tokens=tokens, cache_pos=at)
+        session.run("step", tokens=tokens, cache_pos=cache_pos)
         with pytest.raises(EngineError, match="step needs cache_pos: its inputs are tokens, cache_pos"):
             session.run("step", tokens=tokens)
         with pytest.raises(EngineError, match="step needs tokens and has no token: its inputs are"):
-            session.run("step", token=tokens, cache_pos=at)
+            session.run("step", token=tokens, cache_pos=cache_pos)
         with pytest.raises(EngineError, match="step has no k_cache_0: its inputs are tokens, cache_pos"):
-            session.run("step", tokens=tokens, cache_pos=at, k_cache_0=np.zeros((1, 2, 44, 8), np.float32))
+            session.run("step", tokens=tokens, cache_pos=cache_pos, k_cache_0=np.zeros((1, 2, 44, 8), np.float32))
 
 
-def test_a_missing_a_misspelt_and_an_unopened_graph_are_three_things(tmp_path: Path) -> None:
+def test_a_missing_a_misspelt_and_an_unopened_graph_have_different_errors(tmp_path: Path) -> None:
     folder = bundle(tmp_path / "toy", SPEC)
     with open_session(folder, threads=1, graphs=["prefill"]) as session:
         with pytest.raises(EngineError, match=r"toy has no decode graph: export it with --tokenizer FILE"):

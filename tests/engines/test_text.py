@@ -1,4 +1,4 @@
-"""Class names as token ids: a bundle's own words, and LLaMA's tokenizer in both kinds of file."""
+"""Class names as text ids, with a bundle's own words and with both kinds of file of LLaMA's tokenizer."""
 
 import io
 import subprocess
@@ -42,7 +42,7 @@ def spec_of(vocab: int = 32_000, tokens: int = 8) -> SystemSpec:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model in LLaMA's manner, of a few dozen pieces."""
+    """A SentencePiece model with LLaMA's special tokens and a few dozen pieces."""
     trained = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(CLASSES * 5),
@@ -58,13 +58,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_json(model: Path, path: Path, template: bool) -> Path:
-    """The same tokenizer as Hugging Face's files hold it, with or without a template that adds begin-of-text."""
+    """Write the same tokenizer as a tokenizer.json, with or without a template that adds begin-of-text."""
     pieces = SentencePieceProcessor(model_file=str(model))
-    spelled = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
-    ranked = {piece: i for i, piece in enumerate(spelled)}
+    spellings = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
+    ranked = {piece: i for i, piece in enumerate(spellings)}
     merges = [
         (left, right)
-        for piece in spelled[3:]
+        for piece in spellings[3:]
         for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         if left in ranked and right in ranked
     ]
@@ -82,9 +82,9 @@ def as_json(model: Path, path: Path, template: bool) -> Path:
 def ids(
     name: str, tokenizer: Path | None = None, words: Sequence[str] = (), spec: SystemSpec | None = None
 ) -> list[int]:
-    found = class_ids(name, spec or spec_of(), words, tokenizer)
-    assert found.dtype == np.int64
-    return [int(i) for i in found]
+    text = class_ids(name, spec or spec_of(), words, tokenizer)
+    assert text.dtype == np.int64
+    return [int(i) for i in text]
 
 
 @pytest.mark.parametrize("name", ["YoYo", "TaiChi", "ApplyEyeMakeup", "BodyWeightSquats"])
@@ -123,7 +123,7 @@ def test_own_words_in_any_order_read_back(chosen: list[str]) -> None:
     assert [WORDS[i] for i in found] == [*chosen, *["<end>"] * (8 - len(chosen))]
 
 
-def test_an_unknown_word_lists_those_there_are() -> None:
+def test_the_error_about_an_unknown_word_lists_the_words() -> None:
     with pytest.raises(
         UsageError, match=r"no class 'digits': did you mean 'digit'\? the words are moving, digit, left"
     ):
