@@ -65,7 +65,7 @@ def run(plan: Plan) -> None:
             measured += group
             record.write([m.record for m in measured], path)
             for m in group:
-                log(table.line(m.record))
+                log(table.log_line(m.record))
     records = table.sorted_rows([m.record for m in measured])
     if sweep.profile:
         (plan.out / "profile.txt").write_text(sweep.profile + "\n", "utf-8")
@@ -134,8 +134,8 @@ def _show(records: Sequence[Record]) -> None:
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = 160
-        shown = table.fitting(columns, rows, console.width)
-        console.print(table.terminal(caption, shown, rows))
+        shown = table.fitting_columns(columns, rows, console.width)
+        console.print(table.terminal_table(caption, shown, rows))
         if missing := columns.keys() - shown.keys():
             click.echo(f"too narrow for {', '.join(name for name in columns if name in missing)}: see the report")
     for line in table.remarks(records):
