@@ -1,8 +1,8 @@
-# A host for `make a100`: an A100, driver 580 or later, NVIDIA's container toolkit.
+# Runs `make a100` in a container. The host needs an A100, driver 580 or later, and NVIDIA's container toolkit.
 #   docker build -t nbp-a100 .
 #   docker run --rm --gpus all -v "$PWD/nbp-a100:/nbp/nbp-a100" nbp-a100
-# and nbp-a100/nbp-xl-bf16.jsonl is there to be sent back. Where pip does not find TensorRT's libraries, which are in
-# NVIDIA's own package index: --build-arg TENSORRT_INDEX=<its address>.
+# This writes nbp-a100/records.jsonl, the file to send back. If pip does not find TensorRT's libraries, which are in
+# NVIDIA's own package index, build with --build-arg TENSORRT_INDEX=<its address>.
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 ARG TENSORRT_INDEX=
 RUN apt-get update \

@@ -78,7 +78,7 @@ def run(plan: Plan) -> None:
                 measured += group
                 record.write([m.record for m in measured], path)
                 for m in group:
-                    log(table.line(m.record))
+                    log(table.log_line(m.record))
     except BaseException:
         if measured:
             with suppress(OSError, NbpError):  # the first error is the one to report
@@ -163,8 +163,8 @@ def _show(records: Sequence[Record]) -> None:
         console = Console(highlight=False, markup=False, emoji=False)  # names may look like markup
         if not console.is_terminal:
             console.width = 160
-        shown = table.fitting(columns, rows, console.width)
-        console.print(table.terminal(caption, shown, rows))
+        shown = table.fitting_columns(columns, rows, console.width)
+        console.print(table.terminal_table(caption, shown, rows))
         if missing := columns.keys() - shown.keys():
             names = ", ".join(name for name in columns if name in missing)
             click.echo(f"the terminal is too narrow for {names}: see the report")

@@ -1,1 +1,1 @@
-"""Records of measurements, and what is written from them."""
+"""Records of measurements, and the tables, figures and reports that show them."""

@@ -1,7 +1,7 @@
-"""What can be wrong with records."""
+"""The errors that reading records can raise."""
 
 from nbp_errors import NbpError
 
 
 class RecordError(NbpError):
-    """A file that does not hold records that this version reads."""
+    """A file does not contain records that this version can read."""

@@ -1,4 +1,4 @@
-"""The pictures of the report: frames a second by block size, the paper's beside ours, and what was generated."""
+"""Draws the pictures of the report: frames per second by block size, beside the paper's, and the generated clips."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,28 +16,32 @@ PAPER_FPS = {1: 0.80, 8: 5.24, 16: 8.89, 32: 10.81, 64: 14.12, 256: 17.14}
 
 
 def plain(text: str) -> str:
-    """A name as matplotlib shows it unchanged: between two dollar signs, it would read mathematics."""
+    """Return a text with its dollar signs escaped, between which matplotlib would read mathematics."""
     return printable(text).replace("$", r"\$")
 
 
 def fps_by_block(records: Sequence[Record], path: Path) -> None:
-    """Draw one line per engine, every clip a dot, and the paper's curve in a panel of its own; all rows have clips."""
+    """Draw frames per second by block size into the image file `path`.
+
+    Each engine has a line through its medians and a dot for every clip. The paper's curve has its own panel. Every
+    record must have clips.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     names = {id(r): (r.engine, *(cell(r) for cell in IDENTITY.values())) for r in records}
-    varies = [len({name[i] for name in names.values()}) > 1 or i == 0 for i in range(len(IDENTITY) + 1)]
-    engines: dict[str, list[Record]] = defaultdict(list)
+    in_label = [len({name[i] for name in names.values()}) > 1 or i == 0 for i in range(len(IDENTITY) + 1)]
+    lines: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        shown = (part for part, differs in zip(names[id(record)], varies, strict=True) if differs)
-        engines[plain(", ".join(shown))].append(record)
+        parts = (part for part, included in zip(names[id(record)], in_label, strict=True) if included)
+        lines[plain(", ".join(parts))].append(record)
     figure, (ours, paper) = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
-    for engine, rows in engines.items():
+    for label, rows in lines.items():
         rows.sort(key=lambda r: r.block_size)
         medians = [r.fps or 0.0 for r in rows]
-        (line,) = ours.plot([r.block_size for r in rows], medians, marker="o", label=engine)
+        (line,) = ours.plot([r.block_size for r in rows], medians, marker="o", label=label)
         for r in rows:
             fps = [r.frames * r.batch / (ns / 1e9) for ns in r.total_ns]
             ours.plot([r.block_size] * len(fps), fps, ".", color=line.get_color(), alpha=0.4)
@@ -45,7 +49,7 @@ def fps_by_block(records: Sequence[Record], path: Path) -> None:
     ours.set_title(f"{plain(caption(records))}\n{plain(machines)}", fontsize=8, wrap=True)
     ours.legend()
     paper.plot(list(PAPER_FPS), list(PAPER_FPS.values()), marker="o", color="grey", label="paper, authors' loop")
-    paper.set_title("the paper's Fig. 7: another machine and model\n(700M parameters, one A100)", fontsize=9)
+    paper.set_title("the paper's Fig. 7, from another machine and model\n(700M parameters, one A100)", fontsize=9)
     paper.legend()
     for axes in (ours, paper):
         axes.set_xscale("log", base=2)
@@ -61,7 +65,13 @@ def fps_by_block(records: Sequence[Record], path: Path) -> None:
 
 
 def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> None:
-    """Draw clips, uint8 [F,3,H,W], one under the other, with a line after the frames that were given, if any were."""
+    """Draw clips one below the other into the image file `path`.
+
+    Args:
+        strips: the clips, uint8 [F,3,H,W], by their labels.
+        given: the number of given frames at the start of each clip, after which a red line is drawn; 0 for none.
+        path: the image file.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -79,8 +89,8 @@ def contact_sheet(strips: Mapping[str, np.ndarray], given: int, path: Path) -> N
         row.set_ylabel("\n".join(map(plain, label.split("\n"))))
         row.set_xticks([])
         row.set_yticks([])
-    frames_given = f"Left of the red line: the {given} given frames. Right of it: predicted frames of one clip"
-    figure.suptitle(frames_given if given else "One generated clip per row", fontsize=9)
+    title = f"Left of the red line are the {given} given frames, right of it the predicted frames of one clip"
+    figure.suptitle(title if given else "One generated clip per row", fontsize=9)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=110)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Records as a Markdown report."""
+"""Writes records as a Markdown report."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ from nbp_reports.record import BASELINE, Record
 from nbp_reports.table import Columns, caption, remarks, rows, tables
 
 FIGURE = "fps_by_block.png"
-BLOCK = 1  # where the block stands in a row's kind
-STEADY = 0.10  # spread above which a machine is called unsteady
-SHEET = "clips.png"  # drawn by whoever has the clips, beside the report
+BLOCK = 1  # the index of the block in a comparison key
+STEADY = 0.10  # the largest spread of a machine that counts as steady
+SHEET = "clips.png"  # the caller draws it into the report's folder, because records do not contain clips
 TEMPLATE = """\
 # Block sizes compared
 
@@ -33,57 +33,60 @@ TEMPLATE = """\
 {% if sheet %}
 ![The first clip as filmed and as generated]({{ sheet }})
 {% endif %}
-## How to read it
-- FPS counts the predicted frames of a clip over the wall time from the condition to the last predicted frame: encode,
-  prefill, steps, sampling, decode. It is the median of a row's clips; every clip is a dot in the figure, and all
-  samples are in `records.jsonl`.
-- `spread` is the interquartile range of the clips' times over their median{{ "" if steady else
-  ": **above 10%, so this machine was not steady**; FPS that differ by less than it do not differ" }}.
-- The stages are mean seconds per clip and add up to the wall time. `one step ms` is the median of single steps.
+## How to read the results
+- FPS counts the predicted frames of a clip over the wall time from the condition to the last predicted frame, which
+  includes encode, prefill, steps, sampling and decode. It is the median of a row's clips. The figure has a dot for
+  every clip, and `records.jsonl` holds every sample.
+- `spread` is the interquartile range of the clips' times over their median.{{ "" if steady else
+  " **It exceeds 10%, so this machine was not steady**: smaller differences in FPS mean nothing." }}
+- The stages are mean seconds per clip, and they add up to the wall time. `one step ms` is the median of single steps.
 {%- if looped %}
-- `loop` is prefill, steps and sampling of an engine whose tokens stay on the device for a whole clip.
+- `loop` is prefill, steps and sampling together, where an engine keeps a clip's tokens on the device until it is
+  complete.
 {%- endif %}
-- `1st frame s` is a separate, streamed run: from the call until the first predicted frames are ready.
-- Peak memory is that of the engine: on a CPU of its process, on a GPU what it holds there.
-- `tokens`: all engines draw from the same noise, and their tokens are compared with those of the reference, eager
-  PyTorch. Engines round logits differently in the last bits, so a draw whose noise falls within that rounding of the
-  edge between two tokens may flip; then what follows differs too.
+- `1st frame s` is the time from the call until the first predicted frames exist, in a separate run that streams.
+- `peak MB` is the peak memory of the engine's own process, or on a GPU what the engine holds there at most.
+- `tokens` compares the tokens of all engines, which draw from the same noise, with those of the reference, eager
+  PyTorch. Engines round logits differently in the last bits. A draw whose noise falls within that rounding of the edge
+  between two tokens may therefore flip, and everything after it differs too.
 {%- if on_device %}
-- `error` is the worst error of all checks against the reference in fp32, relative to the largest value. Shares of a
-  bandwidth count what a step has to read: the weights once, and the valid rows of the caches.
+- `error` is the largest error of all checks against the reference in fp32, relative to the largest expected value.
+- `% copy BW` and `% peak BW` are shares of the memory bandwidth that a large copy reached and of the device's peak.
+  They count what a step has to read: the weights once, and the valid rows of the caches.
 {%- endif %}
 - {{ interleaved }}
 - {{ quality }}
-- The paper's curve was measured on another machine with another model: compare the shapes, not the numbers.
+- The paper's curve was measured on another machine with another model, so compare the shapes of the curves and not the
+  numbers.
 
-## Where
+## Machine and settings
 | | |
 | --- | --- |
-{% for name, value in where.items() -%}
+{% for name, value in settings.items() -%}
 | {{ name }} | {{ value }} |
 {% endfor %}"""
 
 
 def escaped(text: str) -> str:
-    """A name or message as plain text in Markdown: on one line, without markup, in a table cell or outside."""
+    """Return a text as Markdown that shows it unchanged on one line, also in a cell of a table."""
     return re.sub(r"([\\`*|<\[\]])", r"\\\1", printable(text))
 
 
 def table(columns: Columns, records: Sequence[Record]) -> str:
-    """The rows as a Markdown table."""
+    """Return the records as a Markdown table with these columns."""
     cells = [[escaped(cell) for cell in row] for row in rows(columns, records)]
     lines = [list(columns), ["---"] * len(columns), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def verdict(records: Sequence[Record]) -> str:
-    """One sentence per block size: the fastest engine, its gain over the authors' loop, and whether tokens agree."""
-    kinds = list(dict.fromkeys(_kind(r) for r in records))
+    """Return one line per block size: the fastest engine, its gain over the authors' loop, and whether tokens agree."""
+    keys = list(dict.fromkeys(_comparison_key(r) for r in records))
     lines = []
-    for kind in kinds:
-        measured = [r for r in records if _kind(r) == kind and r.fps]
-        varying = (value for i, value in enumerate(kind) if i != BLOCK and len({other[i] for other in kinds}) > 1)
-        name = escaped(", ".join([kind[BLOCK], *varying]))
+    for key in keys:
+        measured = [r for r in records if _comparison_key(r) == key and r.fps]
+        varying = (value for i, value in enumerate(key) if i != BLOCK and len({other[i] for other in keys}) > 1)
+        name = escaped(", ".join([key[BLOCK], *varying]))
         if not measured:
             lines.append(f"- **{name}**: nothing could be measured.")
             continue
@@ -92,37 +95,39 @@ def verdict(records: Sequence[Record]) -> str:
         gain = ""
         if naive and naive is not best:
             gain = f", {(best.fps or 0.0) / (naive.fps or 1.0):.1f}× the authors' loop"
-        lines.append(f"- **{name}**: {best.engine} is fastest, {best.fps:.2f} FPS{gain}; {_tokens(measured)}.")
+        agreement = _token_agreement(measured)
+        lines.append(f"- **{name}**: {best.engine} is fastest with {best.fps:.2f} FPS{gain}; {agreement}.")
     return "\n".join(lines)
 
 
-def _kind(record: Record) -> tuple[str, ...]:
-    """Rows that differ in this do not compete."""
+def _comparison_key(record: Record) -> tuple[str, ...]:
+    """Return what must be equal for two records to be compared."""
     return record.model, record.block, record.dtype, f"batch {record.batch}", record.device
 
 
-def _tokens(records: Sequence[Record]) -> str:
+def _token_agreement(records: Sequence[Record]) -> str:
     compared = [r.token_agreement for r in records if r.token_agreement is not None]
     if not compared:
         return "tokens were not compared"
     if len(compared) == 1:
-        same = "its tokens and the reference's are identical"
+        identical = "the tokens of the compared engine and of the reference are identical"
     else:
-        same = f"{len(compared)} engines and the reference gave identical tokens"
-    return same if set(compared) == {1.0} else "engines differ in tokens, see that column"
+        identical = f"{len(compared)} engines and the reference gave identical tokens"
+    return identical if set(compared) == {1.0} else "the engines' tokens differ, see the column `tokens`"
 
 
-def _each(records: Sequence[Record], value: Callable[[Record], object]) -> str:
-    """All the values that occur, in order."""
+def _distinct(records: Sequence[Record], value: Callable[[Record], object]) -> str:
+    """Return the different values that the records have, in order of occurrence."""
     return "; ".join(dict.fromkeys(escaped(str(value(r))) for r in records))
 
 
 def _code(command: str) -> str:
-    """A command line as code, unless it holds the character that would end the code."""
+    """Return a command line as code in Markdown, or as plain text if it contains the character that would end code."""
     return escaped(command) if "`" in command else f"`{printable(command)}`".replace("|", "\\|")
 
 
-def _where(records: Sequence[Record]) -> dict[str, str]:
+def _settings(records: Sequence[Record]) -> dict[str, str]:
+    """Return the machine and the settings of the measurements, by name."""
     machines = dict.fromkeys(
         f"{r.machine}, {r.cores} cores, {r.memory_bytes / 2**30:.0f} GiB"
         + (f"; {r.gpu}, driver {r.driver}" if r.gpu else "")
@@ -130,43 +135,47 @@ def _where(records: Sequence[Record]) -> dict[str, str]:
     )
     return {
         "command": "; ".join(dict.fromkeys(_code(r.command) for r in records)),
-        "began": _each(records, lambda r: r.run),
+        "start": _distinct(records, lambda r: r.run),
         "machine": escaped("; ".join(machines)),
-        "system": _each(records, lambda r: f"{r.system}, Python {r.python}"),
-        "versions": _each(records, lambda r: r.versions),
-        "device, dtype, batch": _each(records, lambda r: f"{r.device} {r.dtype} {r.batch}"),
-        "threads": _each(records, lambda r: r.threads or "each runtime's own choice"),
-        "condition": _each(records, lambda r: r.video),
-        "sampling": _each(records, lambda r: f"temperature {r.temperature}, top-k {r.top_k}, top-p {r.top_p}"),
-        "seed": _each(records, lambda r: r.seed),
+        "system": _distinct(records, lambda r: f"{r.system}, Python {r.python}"),
+        "versions": _distinct(records, lambda r: r.versions),
+        "device, dtype, batch": _distinct(records, lambda r: f"{r.device} {r.dtype} {r.batch}"),
+        "threads": _distinct(records, lambda r: r.threads or "the default of each runtime"),
+        "condition": _distinct(records, lambda r: r.video),
+        "sampling": _distinct(records, lambda r: f"temperature {r.temperature}, top-k {r.top_k}, top-p {r.top_p}"),
+        "seed": _distinct(records, lambda r: r.seed),
     }
 
 
-def _turns(records: Sequence[Record]) -> str:
-    apart = [r for r in records if not r.interleaved]
-    if not apart:
+def _interleaving(records: Sequence[Record]) -> str:
+    """Return a sentence on whether the engines took turns."""
+    sequential = [r for r in records if not r.interleaved]
+    if not sequential:
         return "The engines of a block took turns, clip by clip."
-    if len(apart) == len(records):
-        return "The engines ran one after another: together they would not fit in memory."
-    return f"The engines of a block took turns where they fit in memory, not for {_each(apart, lambda r: r.block)}."
+    if len(sequential) == len(records):
+        return "The engines ran one after another, because together they would not fit in memory."
+    blocks = _distinct(sequential, lambda r: r.block)
+    return f"The engines of a block took turns, except for {blocks}, where they would not fit in memory together."
 
 
 def _quality(records: Sequence[Record]) -> str:
-    random = [r for r in records if not r.trained]
-    if not random:
+    """Return a sentence on what is known about the quality of the clips."""
+    untrained = [r for r in records if not r.trained]
+    if not untrained:
         return "FVD is not measured yet."
-    names = _each(random, lambda r: f"{r.model} {r.block}")
-    return f"These have random weights, whose speed means something and whose quality is not measured: {names}."
+    names = _distinct(untrained, lambda r: f"{r.model} {r.block}")
+    return f"These models have random weights, so only their speed and memory are meaningful: {names}."
 
 
 def report(records: Sequence[Record], folder: Path, plain: bool = False) -> Path:
-    """Write `report.md` and its figure into the folder; with `plain`, which needs no package, the tables alone.
+    """Write `report.md` and its figure into a folder, and return the report's path.
 
-    Returns the report's path.
+    With `plain`, the report only has the verdict, the tables and the remarks. It then needs neither jinja2 nor
+    matplotlib.
     """
-    path, chosen = folder / "report.md", tables(records)
+    path, titled_tables = folder / "report.md", tables(records)
     if plain:
-        parts = [f"## {title}\n{table(columns, shown)}" for title, (columns, shown) in chosen.items()]
+        parts = [f"## {title}\n{table(columns, shown)}" for title, (columns, shown) in titled_tables.items()]
         lines = "\n".join(f"- {escaped(line)}" for line in remarks(records))
         write_text(path, "\n".join([escaped(caption(records)), "", verdict(records), "", *parts, lines, ""]))
         return path
@@ -183,7 +192,7 @@ def report(records: Sequence[Record], folder: Path, plain: bool = False) -> Path
     values = {
         "caption": caption(records),
         "verdict": verdict(records),
-        "tables": chosen,
+        "tables": titled_tables,
         "table": table,
         "remarks": remarks(records),
         "figure": FIGURE if measured else None,
@@ -191,9 +200,9 @@ def report(records: Sequence[Record], folder: Path, plain: bool = False) -> Path
         "steady": all((r.spread or 0) <= STEADY for r in measured),
         "looped": any(r.loop_ns for r in records),
         "on_device": any(r.device_step_ns for r in records),
-        "interleaved": _turns(records),
+        "interleaved": _interleaving(records),
         "quality": _quality(records),
-        "where": _where(records),
+        "settings": _settings(records),
     }
     write_text(path, template.render(records=records, **values) + "\n")
     return path

@@ -1,6 +1,7 @@
-"""One measurement as one flat row: raw samples inside, every statistic derived from them.
+"""A record is one flat row with all raw samples of a measurement; every statistic is derived from them.
 
-None means not measured, never zero. What could not be measured at all is a row too, with the reason.
+None means that a value was not measured, and it never stands for zero. An engine that could not be measured has a
+record, too, which gives the reason.
 """
 
 import json
@@ -15,51 +16,54 @@ from nbp_reports.errors import RecordError
 
 SCHEMA = 2
 STAGES = ("encode", "prefill", "step", "sample", "loop", "decode")
-REFERENCE, BASELINE = "reference", "baseline"  # the roles that an engine may play
+REFERENCE, BASELINE = "reference", "baseline"  # the roles that an engine may have in the comparison
 
 
 @dataclass(frozen=True)
 class Record:
-    """One engine at one block shape. Times are nanoseconds, memory bytes.
+    """All measurements of one engine on one model. Times are in nanoseconds, memory is in bytes.
 
     Attributes:
-        schema: version of this layout.
-        run: when the command that measured it began, UTC; one value for all rows of a run.
-        command: what was typed.
-        machine, cores, memory_bytes, system, python, versions: where it ran.
-        gpu, gpu_memory_bytes, driver: the machine's GPU, if it has one; `device` says whether it was used.
-        model, weights_sha256, trained: what ran; quality means something only where `trained`.
-        block, block_size, engine, dtype, batch, threads, device: how it ran.
-        video: what gave the condition: a clip, a class, or noise.
-        seed, temperature, top_k, top_p: of the sampling.
-        interleaved: whether the engines took turns, clip by clip, in processes kept alive together.
-        frames: predicted frames a clip.
-        steps: forward passes a clip as the paper counts them, the prefill being the first.
-        total_ns: wall time of each clip, end to end; the stages add up to it. Empty if it was not measured.
-        encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: every call of a stage, clip after clip. A GPU goes on
-            after a call has returned: there a sample's time holds most of its step's.
-        loop_ns: in place of prefill, step and sample, where an engine does all of a clip's steps in one go.
-        first_frame_ns: from the call to the first predicted frames, when streaming.
-        peak_memory_bytes: largest resident size of the engine's own process.
-        peak_device_bytes: on a GPU, the most that the engine holds there while it makes a clip: weights, buffers and
-            what it allocates meanwhile.
-        token_agreement: share of predicted tokens equal to the reference engine's, same noise.
-        first_divergence: the first predicted token, in generation order, that differs; None if none does.
-        fvd: Fréchet video distance.
-        device_step_ns: single steps back to back by the device's own clock, positions as in a clip, without sampling.
-        device_pass_ns: the same with sampling, and the tokens' way to the host and back.
-        step_bytes: what such a step has to read, in the mean: weights once, and the valid rows of the caches, not their
-            whole capacity.
-        copy_bandwidth: bytes a second, read and written, of a large copy on the device in the same run.
-        peak_bandwidth: the same by the device's clock and bus width.
-        parity_error: worst element of all checks against the fp32 reference, in units of the largest expected; the
-            largest float where it is not finite, which JSON does not have.
-        parity_allowed: what that check allowed.
-        parity_where: the check and its element.
-        role: `reference`, whose tokens the others' are compared with, or `baseline`, the authors' own loop.
-        not_measured: why there are no samples; None where there are.
-        bundle_sha256: of the bundle's manifest, for an engine that runs one.
-        notes: what a reader should know, such as which attention kernel was chosen.
+        schema: the version of this layout.
+        run: the start of the command, in UTC; all records of a run have the same value.
+        command: the command line.
+        machine, cores, memory_bytes, system, python, versions: the machine and the software.
+        gpu, gpu_memory_bytes, driver: the machine's GPU; None if it has none. `device` says whether it was used.
+        model, weights_sha256, trained: the model, and whether its weights were trained for the block; if not, only
+            speed and memory are meaningful.
+        block, block_size, engine, dtype, batch, threads, device: the settings of the engine.
+        video: the source of the condition: a video, classes, or noise.
+        seed, temperature, top_k, top_p: the settings of the sampling.
+        interleaved: whether the engines took turns, clip by clip, in processes that exist at the same time.
+        frames: predicted frames per clip.
+        steps: forward passes per clip as the paper counts them, in which the prefill is the first step.
+        total_ns: the wall time of each clip, to which its stages add up; empty if nothing was measured.
+        encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: the time of every call of a stage, clip after clip. On a
+            GPU, calls return before the work is done, so the time of a sample includes most of its step.
+        loop_ns: the time of prefill, steps and sampling together, for an engine that does not return between them.
+        first_frame_ns: the time from the call to the first predicted frames, when streaming.
+        peak_memory_bytes: the largest resident size of the engine's own process.
+        peak_device_bytes: the largest memory that the engine holds on a GPU while it makes a clip: weights, buffers and
+            temporary allocations.
+        token_agreement: the share of predicted tokens that equal the reference engine's with the same noise.
+        first_divergence: the index, in generation order, of the first predicted token that differs; None if none does.
+        fvd: the Fréchet video distance.
+        device_step_ns: the times of single steps back to back by the device's clock, without sampling, at cache
+            positions spread over a clip.
+        device_pass_ns: the same with sampling and the copies of the tokens to the host and back.
+        step_bytes: the mean number of bytes that such a step has to read: the weights once, and the valid rows of the
+            caches instead of their whole capacity.
+        copy_bandwidth: the bandwidth of a large copy on the device in the same run, in bytes read and written per
+            second.
+        peak_bandwidth: the bandwidth in bytes per second that follows from the device's memory clock and bus width.
+        parity_error: the largest error of all checks against the fp32 reference, relative to the largest expected
+            value; the largest float if the error is not finite, because JSON has no infinity.
+        parity_allowed: the tolerance of the check with that error.
+        parity_where: that check, and the element with the error.
+        role: `reference` for the engine whose tokens the others are compared with, `baseline` for the authors' loop.
+        not_measured: the reason why there are no samples; None if there are.
+        bundle_sha256: the hash of the bundle's manifest, for an engine that runs a bundle.
+        notes: remarks for the reader, such as the chosen attention kernel.
     """
 
     run: str
@@ -120,22 +124,22 @@ class Record:
 
     @property
     def seconds(self) -> float | None:
-        """Median wall time of a clip."""
+        """The median wall time of a clip."""
         return median(self.total_ns) / 1e9 if self.total_ns else None
 
     @property
     def fps(self) -> float | None:
-        """Predicted frames per second, end to end, of the median clip; all clips of a batch count."""
+        """Predicted frames per second of the median clip, end to end; in a batch, the frames of all its clips count."""
         return self.frames * self.batch / self.seconds if self.seconds else None
 
     @property
     def failed(self) -> bool:
-        """Whether a check against the reference failed: the engine does not compute the model."""
+        """Whether a check against the reference failed, so that the engine does not compute the model."""
         return (self.parity_error or 0) > (self.parity_allowed or 0)
 
     @property
     def spread(self) -> float | None:
-        """Interquartile range of the clips' wall times over their median; None below four clips."""
+        """The interquartile range of the clips' wall times over their median; None for fewer than four clips."""
         if len(self.total_ns) < 4:
             return None
         low, _, high = quantiles(self.total_ns, n=4)
@@ -143,61 +147,65 @@ class Record:
 
     @property
     def first_frame_seconds(self) -> float | None:
-        """Median time to the first predicted frames."""
+        """The median time to the first predicted frames."""
         return median(self.first_frame_ns) / 1e9 if self.first_frame_ns else None
 
     def stage_seconds(self, stage: str) -> float | None:
-        """Mean time that a clip spends in a stage, all its calls together."""
+        """Return the mean time per clip of all calls of a stage."""
         return float(sum(getattr(self, f"{stage}_ns"))) / len(self.total_ns) / 1e9 if self.total_ns else None
 
     @property
     def step_ms(self) -> float | None:
-        """Median time of one step, sampling not included; None where a clip has no step after the prefill."""
+        """The median time of one step without sampling; None if a clip has no step after the prefill."""
         return median(self.step_ns) / 1e6 if self.step_ns else None
 
     @property
     def device_step_ms(self) -> float | None:
-        """Median time of one step on the device."""
+        """The median time of one step without sampling, by the device's clock."""
         return median(self.device_step_ns) / 1e6 if self.device_step_ns else None
 
     @property
     def device_pass_ms(self) -> float | None:
-        """Median time of one step with sampling, back to back."""
+        """The median time of one step with sampling, by the device's clock."""
         return median(self.device_pass_ns) / 1e6 if self.device_pass_ns else None
 
-    def share_of(self, bandwidth: float | None) -> float | None:
-        """How much of a bandwidth the median step uses, if it reads no byte more than it has to."""
+    def bandwidth_share(self, bandwidth: float | None) -> float | None:
+        """Return the share of a bandwidth that the median step uses if it only reads `step_bytes`."""
         if bandwidth is None or self.step_bytes is None or self.device_step_ms is None:
             return None
         return self.step_bytes / (self.device_step_ms / 1e3) / bandwidth
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read one line; raises RecordError for another schema, for an unknown name and for a missing one.
+        """Parse one line of a file of records.
 
-        A name that has a default may be missing: a column that was added later orphans no record.
+        Fields with a default may be missing, so that records from before these fields were added can be read. Raises
+        RecordError for another schema, and for unknown or missing fields.
         """
         try:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
-                raise RecordError(f"record schema {data['schema']!r}, this version reads {SCHEMA}")
-            needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-            missing = needed - set(data)
+                raise RecordError(f"the record has schema {data['schema']!r}, but this version reads schema {SCHEMA}")
+            required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+            missing = required - set(data)
             if missing:
-                raise RecordError(f"record lacks {', '.join(sorted(missing))}")
+                raise RecordError(f"the record lacks {', '.join(sorted(missing))}")
             return cls(**data)
         except (ValueError, TypeError, KeyError) as error:
             raise RecordError(f"not a record: {error}") from error
 
 
 def write(records: Iterable[Record], path: Path) -> None:
-    """One JSON object per line; an interrupted write leaves the old file. Raises ValueError for NaN and infinity."""
+    """Write the records to a file, one JSON object per line.
+
+    An older file stays as it was until all records are written. Raises ValueError for NaN and infinity.
+    """
     text = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records)
     write_text(path, text)
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file; raises RecordError naming the file and line."""
+    """Read the records of a file; raises RecordError, which names the file and the line."""
     records = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         try:

@@ -1,4 +1,4 @@
-"""Records as rows that people read: the same tables for the terminal and for Markdown, with the columns that vary."""
+"""Formats records as tables: the same columns and cells for the terminal and for Markdown."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ Columns = dict[str, Callable[[Record], str]]
 
 
 def parity(record: Record) -> str:
-    """How the engine's tokens compare with the reference's, drawn from the same noise."""
+    """Return how the engine's tokens compare with the reference's, which are drawn from the same noise."""
     if record.role == REFERENCE:
         return "the reference"
     if record.token_agreement is None:
@@ -29,6 +29,8 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _stage(stage: str, scale: float, digits: int) -> Callable[[Record], str]:
+    """Return a column: the mean time per clip in a stage, in seconds times `scale`."""
+
     def cell(record: Record) -> str:
         seconds = record.stage_seconds(stage)
         return _number(None if seconds is None else seconds * scale, digits)
@@ -41,7 +43,7 @@ def _share(value: float | None) -> str:
 
 
 def _error(record: Record) -> str:
-    """The worst error of the checks against the reference in fp32, and whether it is allowed."""
+    """Return the largest error of the checks against the reference in fp32, marked if it exceeds the tolerance."""
     if record.parity_error is None or record.parity_allowed is None:
         return NOT_MEASURED
     return f"{record.parity_error:.1e}{' FAILED' if record.failed else ''}"
@@ -61,7 +63,7 @@ def _total(record: Record) -> float | None:
     return sum(record.total_ns) / len(record.total_ns) / 1e9 if record.total_ns else None
 
 
-# What a row is of. A column whose value is the same in all rows is left out, and the caption says it.
+# The columns that tell models and settings apart. If all rows have the same value, the caption has it and not a column.
 IDENTITY: Columns = {
     "model": lambda r: r.model if r.trained else f"{r.model}, random weights",
     "device": lambda r: r.device,
@@ -92,27 +94,30 @@ ON_DEVICE: Columns = {
     "error": _error,
     "step ms": lambda r: _number(r.device_step_ms, 3),
     "with sampling": lambda r: _number(r.device_pass_ms, 3),
-    "of copy": lambda r: _share(r.share_of(r.copy_bandwidth)),
-    "of peak": lambda r: _share(r.share_of(r.peak_bandwidth)),
+    "% copy BW": lambda r: _share(r.bandwidth_share(r.copy_bandwidth)),
+    "% peak BW": lambda r: _share(r.bandwidth_share(r.peak_bandwidth)),
     "FPS": lambda r: _number(r.fps, 1),
     "encode ms": _stage("encode", 1e3, 1),
     "decode ms": _stage("decode", 1e3, 1),
 }
 
 
-# Columns that a narrow terminal does without, the first of them first.
+# The columns that a narrow terminal leaves out, in this order.
 EXPENDABLE = [
-    *("FVD", "spread", "steps", "encode s", "prefill s", "peak MB", "of peak", "encode ms", "decode ms", "sum s"),
-    *("1st frame s", "one step ms", "sample s", "loop s", "of copy", "error", "tokens", "step s", "decode s"),
+    *("FVD", "spread", "steps", "encode s", "prefill s", "peak MB", "% peak BW", "encode ms", "decode ms", "sum s"),
+    *("1st frame s", "one step ms", "sample s", "loop s", "% copy BW", "error", "tokens", "step s", "decode s"),
     *("with sampling", "step ms", "device", "batch", "dtype", "model"),
 ]
 
 
 def tables(records: Sequence[Record]) -> dict[str, tuple[Columns, Sequence[Record]]]:
-    """The tables that the records fill, by title: their columns and rows. Only the first has rows without a clip."""
-    chosen = {"Speed, memory and parity": RESULTS, "Where a clip's time goes (mean)": STAGE_TIMES}
+    """Return columns and records of each table that is not empty, by its title.
+
+    Records that were not measured are only in the first table.
+    """
+    titled_columns = {"Speed, memory and tokens": RESULTS, "Mean time per clip in each stage": STAGE_TIMES}
     if any(r.device_step_ns for r in records):
-        chosen["Single steps back to back, by the device's clock"] = ON_DEVICE
+        titled_columns["Single steps back to back, by the device's clock"] = ON_DEVICE
     identity = {name: cell for name, cell in IDENTITY.items() if len({cell(r) for r in records}) > 1}
     looped = any(r.loop_ns for r in records)
     measured = [r for r in records if r.total_ns]
@@ -121,13 +126,13 @@ def tables(records: Sequence[Record]) -> dict[str, tuple[Columns, Sequence[Recor
             identity | {name: cell for name, cell in columns.items() if looped or name != "loop s"},
             records if columns is RESULTS else measured,
         )
-        for title, columns in chosen.items()
+        for title, columns in titled_columns.items()
         if columns is RESULTS or measured
     }
 
 
 def caption(records: Sequence[Record]) -> str:
-    """What all rows have in common, and what their clips were made from."""
+    """Return the model and settings that all records have in common, and the sources of their conditions."""
     parts = []
     for name, cell in IDENTITY.items():
         if len(values := {cell(r) for r in records}) == 1:
@@ -137,58 +142,62 @@ def caption(records: Sequence[Record]) -> str:
 
 
 def label(record: Record) -> str:
-    """The name of a model's strip in a picture of clips."""
+    """Return the label of a model's strip in a picture of clips."""
     return record.block if record.trained else f"{record.block}\nrandom weights"
 
 
-def line(record: Record) -> str:
-    """A row in one line, for a log."""
+def log_line(record: Record) -> str:
+    """Return the record in one line, for a log."""
     cells = {**IDENTITY, **RESULTS}
     if record.not_measured:
-        return f"{_what(record)}: not measured: {record.not_measured}"
+        return f"{_row_name(record)}: not measured: {record.not_measured}"
     return ", ".join(f"{name} {cell(record)}" for name, cell in cells.items())
 
 
 def remarks(records: Sequence[Record]) -> list[str]:
-    """Why rows were not measured, and what a reader of the others should know."""
-    missing = [f"{_what(r)}: not measured: {r.not_measured}" for r in records if r.not_measured]
-    return [printable(line) for line in (*missing, *(f"{_what(r)}: {note}" for r in records for note in r.notes))]
+    """Return the reasons why records were not measured, and the notes of the others."""
+    missing = [f"{_row_name(r)}: not measured: {r.not_measured}" for r in records if r.not_measured]
+    notes = [f"{_row_name(r)}: {note}" for r in records for note in r.notes]
+    return list(map(printable, missing + notes))
 
 
-def _what(record: Record) -> str:
+def _row_name(record: Record) -> str:
     batch = f" batch {record.batch}" if record.batch > 1 else ""
     return f"{record.model} {record.block} {record.dtype}{batch} {record.engine}"
 
 
 def sorted_rows(records: Sequence[Record]) -> list[Record]:
-    """The records with those of one model, block, dtype and batch together, in the order of their first."""
-    kinds = list(dict.fromkeys((r.model, r.block, r.dtype, r.batch) for r in records))
-    return sorted(records, key=lambda r: kinds.index((r.model, r.block, r.dtype, r.batch)))
+    """Return the records grouped by model, block, dtype and batch; groups are in the order of their first record."""
+    groups = list(dict.fromkeys((r.model, r.block, r.dtype, r.batch) for r in records))
+    return sorted(records, key=lambda r: groups.index((r.model, r.block, r.dtype, r.batch)))
 
 
 def rows(columns: Columns, records: Sequence[Record]) -> list[list[str]]:
-    """One row of cells per record; where nothing was measured, of FPS that alone is said."""
-    kept = {*IDENTITY, "block", "engine", "FPS"}
+    """Return one row of cells per record.
+
+    If a record was not measured, its FPS cell says so and the cells of other results are empty.
+    """
+    always_filled = {*IDENTITY, "block", "engine", "FPS"}
     return [
-        [printable(cell(record)) if record.total_ns or name in kept else "" for name, cell in columns.items()]
+        [printable(cell(record)) if record.total_ns or name in always_filled else "" for name, cell in columns.items()]
         for record in records
     ]
 
 
-def fitting(columns: Columns, records: Sequence[Record], width: int) -> Columns:
-    """The columns that fit in so many characters without a cut; block, engine and FPS always stay."""
+def fitting_columns(columns: Columns, records: Sequence[Record], width: int) -> Columns:
+    """Return the columns of a table that is at most `width` characters wide; block, engine and FPS always stay."""
     cells = [list(columns), *rows(columns, records)]
     widths = dict(zip(columns, (max(map(len, column)) + 3 for column in zip(*cells, strict=True)), strict=True))
-    shown = dict(columns)
+    remaining = dict(columns)
     for name in [name for name in EXPENDABLE if name in columns]:
-        if sum(widths[kept] for kept in shown) + 1 <= width:
+        if sum(widths[column] for column in remaining) + 1 <= width:
             break
-        del shown[name]
-    return shown
+        del remaining[name]
+    return remaining
 
 
-def terminal(title: str, columns: Columns, records: Sequence[Record]) -> "Table":
-    """The rows as a rich table, a line between block sizes."""
+def terminal_table(title: str, columns: Columns, records: Sequence[Record]) -> "Table":
+    """Return the records as a table for rich, with a line between different blocks."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")

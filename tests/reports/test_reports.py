@@ -1,4 +1,4 @@
-"""Records survive the file, refuse what they do not know, and read well."""
+"""Records are written, read and checked, and reports show what they contain."""
 
 import json
 from dataclasses import asdict, fields, replace
@@ -59,14 +59,14 @@ def _record(**changes: object) -> Record:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def test_file_gives_back_what_was_written(tmp_path: Path) -> None:
+def test_written_records_read_back(tmp_path: Path) -> None:
     records = [_record(), _record(engine="naive", token_agreement=0.5, first_divergence=7)]
     record.write(records, tmp_path / "r.jsonl")
     assert record.read(tmp_path / "r.jsonl") == records
 
 
 @pytest.mark.parametrize(
-    ("line", "why"),
+    ("line", "reason"),
     [
         ("{", "not a record"),
         ("[]", "not a record"),
@@ -75,10 +75,10 @@ def test_file_gives_back_what_was_written(tmp_path: Path) -> None:
         (json.dumps({k: v for k, v in asdict(_record()).items() if k != "steps"}), "lacks steps"),
     ],
 )
-def test_lines_that_are_no_records_are_refused_with_their_place(tmp_path: Path, line: str, why: str) -> None:
+def test_invalid_lines_are_refused_with_file_and_line(tmp_path: Path, line: str, reason: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(asdict(_record())) + "\n" + line + "\n")
-    with pytest.raises(RecordError, match=f"r.jsonl:2: .*{why}"):
+    with pytest.raises(RecordError, match=f"r.jsonl:2: .*{reason}"):
         record.read(path)
 
 
@@ -91,9 +91,9 @@ def test_statistics_come_from_the_samples() -> None:
     assert _record(step_ns=[]).step_ms is None
     on_device = _record(device_step_ns=[2_000_000, 1_000_000, 500_000], step_bytes=1_500_000)
     assert on_device.device_step_ms == pytest.approx(1)
-    assert on_device.share_of(3e9) == pytest.approx(0.5)  # 1.5 MB in a millisecond
-    assert on_device.share_of(None) is None
-    assert row.share_of(3e9) is None
+    assert on_device.bandwidth_share(3e9) == pytest.approx(0.5)  # 1.5 MB in a millisecond
+    assert on_device.bandwidth_share(None) is None
+    assert row.bandwidth_share(3e9) is None
 
 
 def test_spread_needs_samples_and_marks_an_unsteady_machine(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_spread_needs_samples_and_marks_an_unsteady_machine(tmp_path: Path) -> N
     assert "not steady" not in markdown.report([_record()], tmp_path).read_text()
 
 
-def test_what_was_not_measured_is_said_and_never_zero() -> None:
+def test_a_missing_measurement_is_shown_as_such_and_not_as_zero() -> None:
     (cells,) = table.rows(table.RESULTS, [_record(token_agreement=None)])
     shown = dict(zip(table.RESULTS, cells, strict=True))
     assert {shown[name] for name in ("1st frame s", "peak MB", "FVD")} == {"not measured"}
@@ -114,10 +114,10 @@ def test_what_was_not_measured_is_said_and_never_zero() -> None:
     assert cells[-1] == "no checkpoint"
     (cells,) = table.rows(table.ON_DEVICE, [_record()])
     shown = dict(zip(table.ON_DEVICE, cells, strict=True))
-    assert {shown[name] for name in ("error", "step ms", "with sampling", "of copy", "of peak")} == {"not measured"}
+    assert {shown[name] for name in ("error", "step ms", "with sampling", "% copy BW", "% peak BW")} == {"not measured"}
 
 
-def test_an_error_that_is_not_allowed_is_told() -> None:
+def test_an_error_beyond_the_tolerance_is_marked() -> None:
     assert table.ON_DEVICE["error"](_record(parity_error=0.02, parity_allowed=0.08)) == "2.0e-02"
     assert table.ON_DEVICE["error"](_record(parity_error=0.2, parity_allowed=0.08)) == "2.0e-01 FAILED"
 
@@ -127,7 +127,7 @@ def test_every_stage_has_a_field_and_a_column() -> None:
     assert {f"{stage} s" for stage in STAGES} <= set(table.STAGE_TIMES)
 
 
-def test_parity_tells_where_engines_part() -> None:
+def test_parity_shows_the_first_different_token() -> None:
     assert table.parity(_record()) == "identical"
     assert table.parity(_record(role="reference", token_agreement=None)) == "the reference"
     assert table.parity(_record(token_agreement=0.875, first_divergence=9)) == "87.50%, from token 9"
@@ -143,7 +143,7 @@ def test_terminal_tables_fit_120_columns_with_the_longest_cells() -> None:
     console = Console(width=120)
     with console.capture() as capture:
         for title, (columns, shown) in table.tables(rows).items():
-            console.print(table.terminal(title, columns, shown))
+            console.print(table.terminal_table(title, columns, shown))
     assert "…" not in capture.get()
     assert "12.35%, from token 1279" in capture.get()
 
@@ -153,24 +153,24 @@ def test_a_narrow_terminal_shows_fewer_columns_and_whole_numbers(width: int) -> 
     rows = [_record(block="1x16x16", engine="cudagraph", total_ns=[12_345_678] * 4, peak_memory_bytes=10**11)]
     console = Console(width=width)
     for title, (columns, shown) in table.tables(rows).items():
-        fitting = table.fitting(columns, shown, width)
+        remaining = table.fitting_columns(columns, shown, width)
         with console.capture() as capture:
-            console.print(table.terminal(title, fitting, shown))
+            console.print(table.terminal_table(title, remaining, shown))
         assert "…" not in capture.get()
         assert "1x16x16 │ cudagraph" in capture.get()
         if "FPS" in columns:
             assert "972.00" in capture.get()
-    assert table.fitting(table.RESULTS, rows, 1000) == table.RESULTS
+    assert table.fitting_columns(table.RESULTS, rows, 1000) == table.RESULTS
 
 
-def test_report_has_verdict_tables_figure_and_honest_labels(tmp_path: Path) -> None:
+def test_report_has_verdict_tables_figure_and_caveats(tmp_path: Path) -> None:
     rows = [
         _record(),
         _record(engine="naive", role="baseline", total_ns=[6_000_000_000] * 3),
         _record(engine="eager", role="reference", token_agreement=None),
     ]
     text = markdown.report(rows, tmp_path).read_text()
-    assert "ort-cpu is fastest, 4.00 FPS, 2.0× the authors' loop" in text
+    assert "ort-cpu is fastest with 4.00 FPS, 2.0× the authors' loop" in text
     assert "2 engines and the reference gave identical tokens" in text
     assert "another machine with another model" in text
     assert "FVD is not measured yet" in text
@@ -178,21 +178,21 @@ def test_report_has_verdict_tables_figure_and_honest_labels(tmp_path: Path) -> N
     assert (tmp_path / markdown.FIGURE).stat().st_size > 10_000
     assert text.count("| 1x1x16 |") == 2 * len(rows)
     random = markdown.report([_record(trained=False, token_agreement=0.5)], tmp_path).read_text()
-    assert "These have random weights" in random
+    assert "These models have random weights" in random
     assert "nbp-tiny 1x1x16" in random
-    assert "engines differ in tokens" in random
+    assert "the engines' tokens differ" in random
 
 
 def test_without_a_reference_no_tokens_were_compared(tmp_path: Path) -> None:
     rows = [_record(token_agreement=None), _record(engine="naive", role="baseline", token_agreement=None)]
     text = markdown.report(rows, tmp_path).read_text()
     assert "tokens were not compared" in text
-    assert "identical" not in text.split("## How to read it")[0]
+    assert "identical" not in text.split("## How to read the results")[0]
     one = markdown.report([_record(), _record(engine="eager", role="reference", token_agreement=None)], tmp_path)
-    assert "its tokens and the reference's are identical" in one.read_text()
+    assert "the tokens of the compared engine and of the reference are identical" in one.read_text()
 
 
-def test_rows_of_different_kinds_say_so_and_nothing_is_taken_from_the_first(tmp_path: Path) -> None:
+def test_rows_with_different_settings_show_them_all(tmp_path: Path) -> None:
     rows = [
         _record(),
         _record(dtype="bf16", device="cuda", gpu="Some GPU", batch=4, video="noise frames", interleaved=False),
@@ -206,11 +206,11 @@ def test_rows_of_different_kinds_say_so_and_nothing_is_taken_from_the_first(tmp_
     assert "| nbp-tiny | cuda | bf16 | 4 | 1x1x16 |" in text
     assert "clip.mp4; noise frames" in text
     assert "Some GPU" in text
-    assert "took turns where they fit in memory, not for 1x1x16" in text
-    assert "random weights, whose speed means something and whose quality is not measured: nbp-xl 1x16x16" in text
+    assert "took turns, except for 1x1x16" in text
+    assert "random weights, so only their speed and memory are meaningful: nbp-xl 1x16x16" in text
 
 
-def test_a_row_that_was_not_measured_says_why(tmp_path: Path) -> None:
+def test_a_row_that_was_not_measured_has_the_reason(tmp_path: Path) -> None:
     missing = _record(engine="tensorrt", total_ns=[], step_ns=[], sample_ns=[], not_measured="no NVIDIA driver")
     assert missing.fps is None
     assert missing.stage_seconds("decode") is None
@@ -224,7 +224,7 @@ def test_a_row_that_was_not_measured_says_why(tmp_path: Path) -> None:
     assert "no NVIDIA driver" in plain
 
 
-def test_a_column_that_was_added_later_orphans_no_record(tmp_path: Path) -> None:
+def test_records_from_before_a_field_was_added_can_be_read(tmp_path: Path) -> None:
     old = {k: v for k, v in asdict(_record()).items() if k not in ("role", "not_measured", "loop_ns", "notes")}
     (tmp_path / "r.jsonl").write_text(json.dumps(old) + "\n")
     (row,) = record.read(tmp_path / "r.jsonl")
@@ -259,5 +259,5 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     assert len({line.replace("\\|", "").count("|") for line in lines[:1]}) == 1
     console = Console(width=200, record=True, markup=False, emoji=False)
     ((_, (columns, table_rows)), *_) = table.tables(rows).items()
-    console.print(table.terminal("title", columns, table_rows))
+    console.print(table.terminal_table("title", columns, table_rows))
     assert "[bold]a|b`c$x_$<i>*d*" in console.export_text()
