@@ -164,7 +164,7 @@ def _quality(records: Sequence[Record]) -> str:
     if not untrained:
         return "FVD is not measured yet."
     names = _distinct(untrained, lambda r: f"{r.model} {r.block}")
-    return f"These models have random weights, so only their speed and memory are meaningful: {names}."
+    return f"These models were not trained for their block, so only their speed and memory are meaningful: {names}."
 
 
 def report(records: Sequence[Record], folder: Path, plain: bool = False) -> Path:

@@ -65,7 +65,7 @@ def _total(record: Record) -> float | None:
 
 # The columns that tell models and settings apart. If all rows have the same value, the caption has it and not a column.
 IDENTITY: Columns = {
-    "model": lambda r: r.model if r.trained else f"{r.model}, random weights",
+    "model": lambda r: r.model if r.trained else f"{r.model}, untrained",
     "device": lambda r: r.device,
     "dtype": lambda r: r.dtype,
     "batch": lambda r: str(r.batch),
@@ -143,7 +143,7 @@ def caption(records: Sequence[Record]) -> str:
 
 def label(record: Record) -> str:
     """Return the label of a model's strip in a picture of clips."""
-    return record.block if record.trained else f"{record.block}\nrandom weights"
+    return record.block if record.trained else f"{record.block}\nuntrained"
 
 
 def log_line(record: Record) -> str:

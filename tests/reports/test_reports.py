@@ -178,7 +178,7 @@ def test_report_has_verdict_tables_figure_and_caveats(tmp_path: Path) -> None:
     assert (tmp_path / markdown.FIGURE).stat().st_size > 10_000
     assert text.count("| 1x1x16 |") == 2 * len(rows)
     random = markdown.report([_record(trained=False, token_agreement=0.5)], tmp_path).read_text()
-    assert "These models have random weights" in random
+    assert "These models were not trained for their block" in random
     assert "nbp-tiny 1x1x16" in random
     assert "the engines' tokens differ" in random
 
@@ -202,12 +202,12 @@ def test_rows_with_different_settings_show_them_all(tmp_path: Path) -> None:
     header = text.split("| model |")[1].splitlines()[0]
     for column in ("device", "dtype", "batch"):
         assert column in header
-    assert "| nbp-xl, random weights | cpu | fp32 | 1 | 1x16x16 |" in text
+    assert "| nbp-xl, untrained | cpu | fp32 | 1 | 1x16x16 |" in text
     assert "| nbp-tiny | cuda | bf16 | 4 | 1x1x16 |" in text
     assert "clip.mp4; noise frames" in text
     assert "Some GPU" in text
     assert "took turns, except for 1x1x16" in text
-    assert "random weights, so only their speed and memory are meaningful: nbp-xl 1x16x16" in text
+    assert "not trained for their block, so only their speed and memory are meaningful: nbp-xl 1x16x16" in text
 
 
 def test_a_row_that_was_not_measured_has_the_reason(tmp_path: Path) -> None:
