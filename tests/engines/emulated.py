@@ -1,11 +1,13 @@
-"""A GPU made of host memory, for tests of our side of the calls: what CUDA and TensorRT themselves do, it cannot prove.
+"""An emulated GPU made of host memory. It tests our calls of CUDA and TensorRT, not what these libraries do.
 
-Work is kept until a stream is synchronised, memory is full of NaN at first, and pinned memory is read when a copy runs,
-not when it is enqueued: whoever forgets to wait, to zero or to copy gets wrong numbers. A captured call does not run.
-An engine is a bundle's ONNX graph, run by ONNX Runtime on the addresses that the context was given.
-Every function here has the name and parameters of the real one; test_cuda.py holds them together.
+Code that forgets to wait, to zero memory or to copy gets wrong numbers: enqueued work runs only when the stream is
+synchronised, new memory is full of NaN, and pinned memory is read when a copy runs and not when it is enqueued. A call
+that is captured does not run. A TensorRT engine is an ONNX graph of the bundle, which ONNX Runtime runs on the memory
+whose addresses were set in the context.
+
+Every function has the name and parameters of the real one. test_cuda.py compares them.
 """
-# ruff: noqa: ARG001, ARG002, N802 - they have CUDA's names and parameters, needed or not
+# ruff: noqa: ARG001, ARG002, N802 - functions have CUDA's names and parameters, even if they do not need them
 
 import ctypes
 import json
@@ -38,25 +40,26 @@ GIB = 2**30
 
 
 def at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """The tensor at an address."""
+    """Return the tensor at an address."""
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    found: np.ndarray = np.ctypeslib.as_array((ctypes.c_byte * count).from_address(address)).view(dtype).reshape(shape)
-    return found
+    raw = np.ctypeslib.as_array((ctypes.c_byte * count).from_address(address))
+    tensor: np.ndarray = raw.view(dtype).reshape(shape)
+    return tensor
 
 
 def drawn_by_numpy(logits: np.ndarray, uniforms: np.ndarray, settings: Sampling, dtype: str) -> np.ndarray:
-    """Tokens [rows] of logits [rows,V]."""
+    """Draw tokens [rows] from logits [rows,V]."""
     return sample(logits, uniforms, settings)
 
 
 @dataclass
 class Gpu:
-    """The device's state, and what it is."""
+    """The properties and the state of the emulated GPU."""
 
     major: int = 8
     minor: int = 0
     memory: int = 80 * GIB
-    served: int = 13000
+    driver_version: int = 13000
     count: int = 1
     draw: Callable[[np.ndarray, np.ndarray, Sampling, str], np.ndarray] = drawn_by_numpy
     device: dict[int, np.ndarray] = field(default_factory=dict)
@@ -65,8 +68,8 @@ class Gpu:
     queue: list[Work] = field(default_factory=list)
     capturing: list[Work] | None = None
     log: list[str] = field(default_factory=list)
-    moved: Counter[str] = field(default_factory=Counter)  # bytes, each way
-    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = field(default_factory=list)  # the real functions'
+    moved: Counter[str] = field(default_factory=Counter)  # bytes copied "in" and "out"
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = field(default_factory=list)  # of real functions
 
     def enqueue(self, name: str, work: Work) -> None:
         self.log.append(name)
@@ -80,14 +83,14 @@ class Gpu:
     def holds(self, address: int, memory: dict[int, np.ndarray]) -> bool:
         return any(start <= address < start + array.nbytes for start, array in memory.items())
 
-    def handle(self, behind: Any = None) -> int:
-        made = 1 + max(self.handles, default=0)
-        self.handles[made] = behind
-        return made
+    def handle(self, value: Any = None) -> int:
+        number = 1 + max(self.handles, default=0)
+        self.handles[number] = value
+        return number
 
 
 class Module:
-    """One of cuda.bindings' modules: functions of ours, and the real one's types and constants."""
+    """A module of cuda.bindings, with emulated functions and the types and constants of the real module."""
 
     real: Any
 
@@ -95,19 +98,19 @@ class Module:
         self.gpu = gpu
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.real, name)
-        assert isinstance(found, type | int), f"{name} is not emulated"
-        return found
+        value = getattr(self.real, name)
+        assert isinstance(value, type | int), f"{name} is not emulated"
+        return value
 
     def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if not name.startswith(("cuda", "cu", "nvrtc")) or not callable(found):
-            return found
+        value = super().__getattribute__(name)
+        if not name.startswith(("cuda", "cu", "nvrtc")) or not callable(value):
+            return value
 
-        @wraps(found)
+        @wraps(value)
         def recorded(*arguments: Any) -> Any:
             self.gpu.calls.append((getattr(self.real, name), arguments))
-            return found(*arguments)
+            return value(*arguments)
 
         return recorded
 
@@ -116,7 +119,7 @@ class Runtime(Module):
     real = runtime
 
     def cudaDriverGetVersion(self) -> tuple[Any, int]:
-        return OK, self.gpu.served
+        return OK, self.gpu.driver_version
 
     def cudaGetDeviceCount(self) -> tuple[Any, int]:
         return (OK, self.gpu.count) if self.gpu.count else (ERROR.cudaErrorNoDevice, 0)
@@ -125,10 +128,10 @@ class Runtime(Module):
         return (OK if device < self.gpu.count else ERROR.cudaErrorInvalidDevice,)
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, Any]:
-        known = runtime.cudaDeviceProp()
-        known.name = b"Emulated".ljust(256, b"\0")
-        known.major, known.minor = self.gpu.major, self.gpu.minor
-        return OK, known
+        properties = runtime.cudaDeviceProp()
+        properties.name = b"Emulated".ljust(256, b"\0")
+        properties.major, properties.minor = self.gpu.major, self.gpu.minor
+        return OK, properties
 
     def cudaMemGetInfo(self) -> tuple[Any, int, int]:
         used = sum(array.nbytes for array in self.gpu.device.values())
@@ -169,18 +172,18 @@ class Runtime(Module):
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: Any) -> tuple[Any]:
         assert int(stream) in self.gpu.handles
         in_ = kind == runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        host, there = (src, dst) if in_ else (dst, src)
-        if not self.gpu.holds(there, self.gpu.device):
+        host, device = (src, dst) if in_ else (dst, src)
+        if not self.gpu.holds(device, self.gpu.device):
             return (ERROR.cudaErrorInvalidValue,)
-        given = at(src, (count,), np.uint8)
+        source = at(src, (count,), np.uint8)
         if not self.gpu.holds(host, self.gpu.pinned):
             if self.gpu.capturing is not None:
                 return (ERROR.cudaErrorStreamCaptureUnsupported,)
-            given = given.copy() if in_ else given  # staged at once
+            source = source.copy() if in_ else source  # CUDA reads pageable memory before the call returns
 
         def copy() -> None:
             self.gpu.moved["in" if in_ else "out"] += count
-            np.copyto(at(dst, (count,), np.uint8), given)
+            np.copyto(at(dst, (count,), np.uint8), source)
 
         self.gpu.enqueue("copy", copy)
         return (OK,)
@@ -208,8 +211,8 @@ class Runtime(Module):
 
     def cudaStreamEndCapture(self, stream: Any) -> tuple[Any, Any]:
         assert int(stream) in self.gpu.handles
-        made, self.gpu.capturing = self.gpu.capturing, None
-        return OK, runtime.cudaGraph_t(self.gpu.handle(made))
+        captured, self.gpu.capturing = self.gpu.capturing, None
+        return OK, runtime.cudaGraph_t(self.gpu.handle(captured))
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, Any]:
         assert flags == 0
@@ -270,8 +273,8 @@ class Driver(Module):
         dtype = self.kernel.removeprefix("sample_")
 
         def run() -> None:
-            held = at(logits, (gridDimX, vocab), cuda.HOST_DTYPES[dtype])
-            values = (held.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else held
+            stored = at(logits, (gridDimX, vocab), cuda.HOST_DTYPES[dtype])
+            values = (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else stored
             settings = Sampling(temperature, top_k, top_p)
             at(tokens, (gridDimX,), np.int64)[:] = self.gpu.draw(
                 values, at(noise, (gridDimX,), np.float64), settings, dtype
@@ -323,41 +326,41 @@ class Context:
         self._warm = False
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: Any) -> bool:
-        """False if there is no such profile, or another context has it."""
+        """Return False if there is no such profile, or if another context uses it."""
         assert int(stream_handle) in self._engine.gpu.handles
-        if profile_index in self._engine.taken or profile_index >= self._engine.num_optimization_profiles:
+        if profile_index in self._engine.used_profiles or profile_index >= self._engine.num_optimization_profiles:
             return False
-        self._engine.taken.add(profile_index)
+        self._engine.used_profiles.add(profile_index)
         self._profile = profile_index
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        """False unless the profile takes it."""
-        due = {t.name: t.shape for t in self._graph.inputs}
+        """Return whether the profile accepts the shape."""
+        shapes = {t.name: t.shape for t in self._graph.inputs}
         self._shapes[name] = shape
-        return due.get(name) == shape
+        return shapes.get(name) == shape
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        """False unless it is the start of device memory."""
+        """Return whether the address is the start of an allocation on the device."""
         self._addresses[name] = memory
         return memory in self._engine.gpu.device
 
     def infer_shapes(self) -> list[str]:
-        """Inputs without a shape."""
+        """Return the inputs that have no shape yet."""
         return [t.name for t in self._graph.inputs if t.name not in self._shapes]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        """As this profile has it."""
+        """Return the shape that a tensor has in this profile."""
         return next(t.shape for t in (*self._graph.inputs, *self._graph.outputs) if t.name == name)
 
     def is_stream_capturable(self, stream: Any) -> bool:
-        """Always."""
+        """Return True for a stream that exists."""
         return int(stream) in self._engine.gpu.handles
 
     def execute_async_v3(self, stream_handle: Any) -> bool:
-        """False if an output does not share its input's memory, or it is captured before it has run once."""
+        """Return False if an output does not share its input's memory, or if the first run is captured."""
         gpu, graph, addresses = self._engine.gpu, self._graph, dict(self._addresses)
-        shared = all(addresses[output] == addresses[given] for output, given in graph.aliases.items())
+        shared = all(addresses[output] == addresses[source] for output, source in graph.aliases.items())
         if not shared or int(stream_handle) not in gpu.handles or (gpu.capturing is not None and not self._warm):
             return False
         self._warm = True
@@ -371,17 +374,17 @@ class Context:
 
 
 class CudaEngine:
-    """tensorrt_rtx.ICudaEngine, on an ONNX graph. `damage` is what a test has wrong with it."""
+    """tensorrt_rtx.ICudaEngine, which runs an ONNX graph. `damage` has the faults that a test gives it."""
 
     def __init__(self, gpu: Gpu, content: bytes) -> None:
-        said = json.loads(content)
+        description = json.loads(content)
         self.gpu = gpu
-        self._file = Path(said["file"])
-        self._damage = said["damage"]
-        self._spec = SystemSpec.from_json(said["spec"])
-        known = self._spec.graphs()
-        self.graphs = [known[name] for name in said["graphs"]]
-        self.taken: set[int] = set()
+        self._file = Path(description["file"])
+        self._damage = description["damage"]
+        self._spec = SystemSpec.from_json(description["spec"])
+        specs = self._spec.graphs()
+        self.graphs = [specs[name] for name in description["graphs"]]
+        self.used_profiles: set[int] = set()
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
@@ -391,12 +394,12 @@ class CudaEngine:
 
     @property
     def num_optimization_profiles(self) -> int:
-        """One a graph."""
+        """One profile per graph."""
         return len(self.graphs)
 
     @property
     def num_io_tensors(self) -> int:
-        """Inputs and outputs."""
+        """The number of inputs and outputs."""
         return len(self._tensors())
 
     def _tensors(self) -> dict[str, tuple[Any, TensorSpec]]:
@@ -405,47 +408,47 @@ class CudaEngine:
         return inputs | {t.name: (mode.OUTPUT, t) for t in graph.outputs}
 
     def get_tensor_name(self, index: int) -> str:
-        """In any order."""
+        """Return the name of a tensor. The order does not matter."""
         return [*self._tensors()][index]
 
     def get_tensor_mode(self, name: str) -> Any:
-        """Input or output."""
+        """Return whether a tensor is an input or an output."""
         return self._tensors()[name][0]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        """As the library calls it."""
+        """Return the library's name of a tensor's dtype."""
         names = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int64": "INT64"}
         return getattr(tensorrt_rtx.DataType, self._damage.get(f"dtype {name}", names[self._tensors()[name][1].dtype]))
 
     def get_tensor_shape(self, name: str) -> Any:
-        """With -1 for a number of tokens that profiles settle."""
+        """Return a tensor's shape, with -1 for a number of tokens that differs between profiles."""
         shape = list(self._damage.get(f"shape {name}", self._tensors()[name][1].shape))
         if len(self.graphs) > 1 and name in ("tokens", "logits"):
             shape[1] = -1
         return tensorrt_rtx.Dims(shape)
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Any]:
-        """The same three times: profiles are pinned."""
+        """Return minimum, optimum and maximum, which are equal."""
         shape = next(t.shape for t in self.graphs[profile_index].inputs if t.name == name)
         return [tensorrt_rtx.Dims(shape)] * 3
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        """The cache of a cache output."""
+        """Return the input whose memory an output shares."""
         return None if name in self._damage.get("copied", []) else self.graphs[0].aliases.get(name)
 
     def create_runtime_config(self) -> Any:
-        """Settings."""
+        """Return the default settings."""
         return RuntimeConfig()
 
     def create_execution_context(self, runtime_config: "RuntimeConfig") -> Context:
-        """Compiled at once, and not captured by the library."""
+        """Check that kernels are compiled at once and that the library captures no CUDA graphs."""
         kernels = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy
         assert runtime_config.dynamic_shapes_kernel_specialization_strategy == kernels.EAGER
         assert runtime_config.cuda_graph_strategy == tensorrt_rtx.CudaGraphStrategy.DISABLED
         return Context(self)
 
     def compute(self, graph: GraphSpec, addresses: dict[str, int]) -> None:
-        """Run on memory; bf16 tensors as fp32, rounded at the end."""
+        """Run the graph on memory. A bf16 graph is computed in fp32, and its outputs are rounded to bf16."""
         if self._spec.dtype == "bf16":
             self._compute_widened(graph, addresses)
             return
@@ -458,24 +461,24 @@ class CudaEngine:
     def _compute_widened(self, graph: GraphSpec, addresses: dict[str, int]) -> None:
         feeds = {}
         for t in graph.inputs:
-            held = at(addresses[t.name], t.shape, cuda.HOST_DTYPES[t.dtype])
-            feeds[t.name] = (held.astype(np.uint32) << 16).view(np.float32) if t.dtype == "bf16" else held
-        found = self._session.run([t.name for t in graph.outputs], feeds)
-        for t, value in zip(graph.outputs, found, strict=True):
+            stored = at(addresses[t.name], t.shape, cuda.HOST_DTYPES[t.dtype])
+            feeds[t.name] = (stored.astype(np.uint32) << 16).view(np.float32) if t.dtype == "bf16" else stored
+        results = self._session.run([t.name for t in graph.outputs], feeds)
+        for t, value in zip(graph.outputs, results, strict=True):
             rounded = (value.view(np.uint32) + 0x8000 >> 16).astype(np.uint16) if t.dtype == "bf16" else value
             np.copyto(at(addresses[t.name], t.shape, cuda.HOST_DTYPES[t.dtype]), rounded)
 
 
 @dataclass
 class RuntimeConfig:
-    """tensorrt_rtx.IRuntimeConfig; the library's own defaults."""
+    """tensorrt_rtx.IRuntimeConfig, with the library's defaults."""
 
     dynamic_shapes_kernel_specialization_strategy: Any = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.LAZY
     cuda_graph_strategy: Any = tensorrt_rtx.CudaGraphStrategy.DISABLED
 
 
 class TensorRt:
-    """The module tensorrt_rtx, with another Runtime."""
+    """The module tensorrt_rtx, with an emulated Runtime."""
 
     def __init__(self, gpu: Gpu) -> None:
         class EngineRuntime:
@@ -486,7 +489,7 @@ class TensorRt:
                 self._logger = logger
 
             def deserialize_cuda_engine(self, serialized_engine: bytes) -> CudaEngine | None:
-                """None, and a line in the log, for what is no engine."""
+                """Return an engine. For content that is not one, log an error and return None."""
                 if not serialized_engine.startswith(b"{"):
                     self._logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "magic tag does not match")
                     return None
@@ -499,12 +502,12 @@ class TensorRt:
 
 
 class OnnxRuntime:
-    """onnxruntime with a CUDA provider: its CPU provider, on the stream and in the memory that it is told.
+    """The module onnxruntime with an emulated CUDA provider, which runs the CPU provider as work of the stream.
 
-    `took` is what it takes in place of what it is asked for.
+    `provider` is the provider that its sessions report.
     """
 
-    def __init__(self, gpu: Gpu, took: str = "CUDAExecutionProvider") -> None:
+    def __init__(self, gpu: Gpu, provider: str = "CUDAExecutionProvider") -> None:
         class Session:
             """onnxruntime.InferenceSession."""
 
@@ -524,15 +527,15 @@ class OnnxRuntime:
                 self.get_inputs, self.get_outputs = self._real.get_inputs, self._real.get_outputs
 
             def get_providers(self) -> list[str]:
-                """What it runs on."""
-                return [took]
+                """Return the provider in use."""
+                return [provider]
 
             def io_binding(self) -> Any:
-                """Addresses on the device, which is host memory."""
+                """Return a binding that accepts only device memory."""
                 return Binding(gpu, self._real.io_binding())
 
             def run_with_iobinding(self, iobinding: Any, run_options: Any) -> None:
-                """Enqueue it, one captured graph each."""
+                """Enqueue a run, and check that the graph has its own CUDA graph."""
                 assert int(run_options.get_run_config_entry("gpu_graph_id")) > 0
                 gpu.enqueue("onnxruntime", lambda: self._real.run_with_iobinding(iobinding.real))
 
@@ -544,11 +547,11 @@ class OnnxRuntime:
         self.InferenceSession = session
 
     def get_available_providers(self) -> list[str]:
-        """As the GPU's wheel has them."""
+        """Return the providers of the package for GPUs."""
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def preload_dlls(self) -> None:
-        """Nothing to load."""
+        """Load nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(ort, name)
@@ -564,7 +567,7 @@ class Binding:
     def bind_input(
         self, name: str, device_type: str, device_id: int, element_type: int, shape: Any, buffer_ptr: int
     ) -> None:
-        """Device memory alone."""
+        """Bind memory, which must be on the device."""
         assert (device_type, device_id) == ("cuda", 0)
         assert buffer_ptr in self.gpu.device
         self.real.bind_input(name, "cpu", 0, element_type, shape, buffer_ptr)
@@ -572,15 +575,15 @@ class Binding:
     def bind_output(
         self, name: str, device_type: str, device_id: int, element_type: int, shape: Any, buffer_ptr: int
     ) -> None:
-        """Device memory alone."""
+        """Bind memory, which must be on the device."""
         assert (device_type, device_id) == ("cuda", 0)
         assert buffer_ptr in self.gpu.device
         self.real.bind_output(name, "cpu", 0, element_type, shape, buffer_ptr)
 
 
 @contextmanager
-def emulated(gpu: Gpu, took: str = "CUDAExecutionProvider") -> Iterator[Gpu]:
-    """While it lasts, this is the machine's GPU, and the libraries are for it."""
+def emulated(gpu: Gpu, provider: str = "CUDAExecutionProvider") -> Iterator[Gpu]:
+    """Let our modules use an emulated GPU and libraries that run on it."""
     from nbp_engines import ort as ort_session
     from nbp_engines import trt
 
@@ -590,24 +593,27 @@ def emulated(gpu: Gpu, took: str = "CUDAExecutionProvider") -> Iterator[Gpu]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "bindings", modules.__getitem__)
         patch.setattr(trt, "import_module", libraries.__getitem__)
-        patch.setattr(ort_session, "import_module", {"onnxruntime": OnnxRuntime(gpu, took)}.__getitem__)
+        patch.setattr(ort_session, "import_module", {"onnxruntime": OnnxRuntime(gpu, provider)}.__getitem__)
         yield gpu
     cuda.compiled.cache_clear()
 
 
 def with_engines(bundle: Bundle, damage: dict[str, Any] | None = None, **changes: Any) -> Bundle:
-    """A bundle with an emulated engine beside each graph file; `changes` of what its manifest says of them."""
+    """Return the bundle with an emulated TensorRT engine for each graph file.
+
+    `changes` replace fields of the TensorRT engines in its manifest.
+    """
     spec, engines = bundle.manifest.spec, []
     kinds = {"encode": ["encode"], "decode": ["decode"], "generator": [*spec.generator_graphs()]}
     for kind, names in kinds.items():
         present = [name for name in names if name in bundle.manifest.graphs]
         if not present:
             continue
-        said = {"file": str(bundle.graph_file(present[0])), "graphs": present, "spec": spec.to_json()}
+        description = {"file": str(bundle.graph_file(present[0])), "graphs": present, "spec": spec.to_json()}
         file = bundle.path / f"{kind}.engine"
-        file.write_text(json.dumps(said | {"damage": damage or {}}))
-        made = Engine(file.name, tuple(present), "sm80", "none", "tensorrt_rtx", tensorrt_rtx.__version__)
-        engines.append(replace(made, **changes))
+        file.write_text(json.dumps(description | {"damage": damage or {}}))
+        engine = Engine(file.name, tuple(present), "sm80", "none", "tensorrt_rtx", tensorrt_rtx.__version__)
+        engines.append(replace(engine, **changes))
     files = {file.path for file in bundle.manifest.files} | {engine.file for engine in engines}
     listed = tuple(sorted(bundle.manifest.files, key=lambda file: file.path))
     extra = tuple(replace(listed[0], path=name) for name in sorted(files - {file.path for file in listed}))

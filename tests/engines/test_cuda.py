@@ -104,7 +104,7 @@ EMULATED: list[tuple[type, Any]] = [
     (RuntimeConfig, tensorrt_rtx.IRuntimeConfig),
     (type(vars(TensorRt(Gpu()))["Runtime"]), tensorrt_rtx.Runtime),
 ]
-OURS = {"compute", "gpu", "graphs", "taken", "real"}
+OURS = {"compute", "gpu", "graphs", "used_profiles", "real"}
 
 
 def public(kind: type) -> list[str]:
@@ -185,8 +185,8 @@ def test_a_device_has_name_architecture_and_free_memory(device: Device) -> None:
 @pytest.mark.parametrize(
     ("gpu", "words"),
     [
-        (Gpu(served=0), "no NVIDIA driver"),
-        (Gpu(served=12080), r"supports CUDA 12\.8, but 13\.0 is needed: install driver 580"),
+        (Gpu(driver_version=0), "no NVIDIA driver"),
+        (Gpu(driver_version=12080), r"supports CUDA 12\.8, but 13\.0 is needed: install driver 580"),
         (Gpu(count=0), "no GPU to run on: cudaErrorNoDevice.*CUDA_VISIBLE_DEVICES"),
     ],
 )

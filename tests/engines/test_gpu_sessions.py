@@ -1,7 +1,7 @@
-"""TensorRT engines and ONNX Runtime's CUDA provider as sessions, on an emulated GPU: our side of every call is real.
+"""The runtimes `tensorrt` and `ort-cuda` on an emulated GPU, where only the libraries are emulated and not our calls.
 
-The tokens are ONNX Runtime's on the CPU and the authors'; the proof of parity passes, and faults planted in the engine
-or in the session do not pass.
+The sessions have to draw the tokens of `ort-cpu` and the authors' golden tokens. They also have to pass the
+proof. Faults in the TensorRT engine or in the session must not pass it.
 """
 
 import shutil
@@ -34,13 +34,16 @@ from tests.export.support import Exported
 from tests.support import golden, golden_hybrid
 
 Exporter = Callable[..., Exported]
-MADE = "nbp-export onnx --checkpoint small.ckpt --block 1x1x4"
+COMMAND = "nbp-export onnx --checkpoint small.ckpt --block 1x1x4"
 GPU_RUNTIMES = ["tensorrt", "ort-cuda"]
 
 
 @pytest.fixture
 def engines(exported: Exporter, tmp_path: Path) -> Callable[..., Exported]:
-    """`engines(dtype, batch, damage, …)`: a small model with emulated engines, whose files a test may change."""
+    """`engines(dtype, batch, damage, …)` makes a small bundle with emulated TensorRT engines.
+
+    A test may change its files.
+    """
 
     def make(dtype: str = "fp16", batch: int = 1, damage: dict[str, Any] | None = None, **changes: Any) -> Exported:
         made = exported("1x1x4", dtype, batch, tokenizer=dtype != "bf16", one_graph=True)
@@ -51,38 +54,38 @@ def engines(exported: Exporter, tmp_path: Path) -> Callable[..., Exported]:
 
 
 def frames(bundle: Bundle) -> np.ndarray:
-    """Given frames of random pixels."""
+    """Return given frames of random pixels."""
     spec = bundle.manifest.spec
     shape = (spec.batch, 3, spec.condition_frames, *spec.video[1:])
     return np.random.default_rng(5).uniform(size=shape).astype(np.float32)
 
 
-# The same tokens.
+# Both runtimes draw the same tokens as others.
 
 
 @pytest.fixture(scope="module")
 def tiny(ran: Callable[[str], Ran], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundled model with emulated engines in place of TensorRT's."""
+    """The bundled model, with emulated TensorRT engines in place of real ones."""
     made = ran("trt --block 1x1x16 --out tiny-16-sm80").folder / "tiny-16-sm80"
     return with_engines(Bundle.open(Path(shutil.copytree(made, tmp_path_factory.mktemp("tiny") / "bundle"))))
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The authors' golden model."""
+    """The golden class-conditional model of the authors' code."""
     source = Source("ucf", golden_hybrid(), None, True, "golden")
     return with_engines(export(source, tmp_path_factory.mktemp("golden") / "bundle", "fp32", one_graph=True))
 
 
 @pytest.mark.parametrize("runtime", GPU_RUNTIMES)
-def test_nbp_tiny_predicts_what_it_does_on_the_cpu(tiny: Bundle, gpu: Gpu, runtime: str) -> None:
+def test_nbp_tiny_predicts_the_same_clip_as_on_the_cpu(tiny: Bundle, gpu: Gpu, runtime: str) -> None:
     with open_session(tiny, 1, runtime="ort-cpu") as session:
         expected = Generator(session, seed=3).predict(frames(tiny))
     with open_session(tiny, runtime=runtime) as session:
-        found = Generator(session, seed=3).predict(frames(tiny))
+        actual = Generator(session, seed=3).predict(frames(tiny))
         again = Generator(session, seed=3).predict(frames(tiny))
-    assert np.array_equal(found.tokens, expected.tokens)
-    assert np.array_equal(found.video, expected.video)
+    assert np.array_equal(actual.tokens, expected.tokens)
+    assert np.array_equal(actual.video, expected.video)
     assert np.array_equal(again.tokens, expected.tokens)
     assert "sample_fp16" in gpu.log
 
@@ -93,8 +96,8 @@ def test_the_authors_hybrid_draws_its_golden_tokens(runtime: str, hybrid: Bundle
     case = golden("ucf_L4")
     with open_session(hybrid, runtime=runtime) as session:
         for clip in Generator(session, GREEDY).blocks(case["text"].numpy().astype(np.int64)):
-            found = clip
-    assert np.array_equal(found, case["greedy"].numpy())
+            actual = clip
+    assert np.array_equal(actual, case["greedy"].numpy())
 
 
 def test_the_kernel_itself_draws_the_same_tokens(engines: Callable[..., Exported]) -> None:
@@ -109,12 +112,12 @@ def test_the_kernel_itself_draws_the_same_tokens(engines: Callable[..., Exported
         assert np.array_equal(Generator(session, seed=1).predict(frames(bundle)).tokens, expected)
 
 
-# The proof of parity, garbage in every unused slot included.
+# The proof, with garbage in every unused slot.
 
 
 @pytest.mark.parametrize("runtime", GPU_RUNTIMES)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_parity_through_a_gpus_session(engines: Callable[..., Exported], gpu: Gpu, runtime: str, batch: int) -> None:
+def test_parity_of_a_session_on_a_gpu(engines: Callable[..., Exported], gpu: Gpu, runtime: str, batch: int) -> None:
     bundle, source = engines("fp32", batch)
     checks = [*check_bundle(bundle, Reference(source.generator), RUNTIMES[runtime])]
     assert source.tokenizer is not None
@@ -162,20 +165,20 @@ def test_a_missing_gpu_voids_no_receipt(engines: Callable[..., Exported]) -> Non
     assert (path / RECEIPT).read_bytes() == before
 
 
-def test_verify_runs_what_it_is_told_to(engines: Callable[..., Exported]) -> None:
+def test_verify_uses_the_runtime_of_the_option(engines: Callable[..., Exported]) -> None:
     path = engines("fp16").bundle.path
     with emulated(Gpu()):
         done = CliRunner().invoke(main, ["verify", str(path), "--runtime", "tensorrt"])
     assert done.exit_code == 0, done.output
     assert "in fp16 by tensorrt_rtx" in " ".join(done.output.split())
-    with emulated(Gpu(served=0)):
+    with emulated(Gpu(driver_version=0)):
         done = CliRunner().invoke(main, ["verify", str(path), "--runtime", "tensorrt"])
     assert done.exit_code == 1
     assert "Error: no NVIDIA driver" in done.output
 
 
 @pytest.mark.usefixtures("gpu")
-def test_an_engine_that_differs_voids_the_receipt(
+def test_a_failed_proof_on_a_gpu_removes_the_receipt(
     engines: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = engines("fp16").bundle.path
@@ -186,11 +189,11 @@ def test_an_engine_that_differs_voids_the_receipt(
     assert not (path / RECEIPT).exists()
 
 
-# What travels, and what stays.
+# Copies between host and device.
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_step_moves_a_blocks_tokens_and_noise_alone(engines: Callable[..., Exported], gpu: Gpu) -> None:
+def test_a_step_copies_only_the_tokens_and_noise_of_a_block(engines: Callable[..., Exported], gpu: Gpu) -> None:
     bundle = engines("fp16").bundle
     L = bundle.manifest.spec.block_size
     with open_session(bundle) as session:
@@ -203,11 +206,11 @@ def test_a_step_moves_a_blocks_tokens_and_noise_alone(engines: Callable[..., Exp
         assert np.asarray(logits).shape == (1, L, 125) == logits.shape
 
 
-def test_every_launch_of_a_graph_is_one_call(engines: Callable[..., Exported], gpu: Gpu) -> None:
+def test_a_step_is_one_launch_of_a_cuda_graph(engines: Callable[..., Exported], gpu: Gpu) -> None:
     with open_session(engines("fp16").bundle) as session:
         gpu.log.clear()
         session.step(np.ones((1, 4), np.int64), np.array([32]))
-        assert gpu.log == ["replay"] * 3  # two copies and the engine, of one captured graph
+        assert gpu.log == ["replay"] * 3  # two copies and the TensorRT engine are in one CUDA graph
 
 
 @pytest.mark.usefixtures("gpu")
@@ -221,17 +224,17 @@ def test_some_graphs_alone(engines: Callable[..., Exported]) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_caches_come_and_go(engines: Callable[..., Exported]) -> None:
+def test_caches_are_written_and_read(engines: Callable[..., Exported]) -> None:
     rng = np.random.default_rng(1)
     with open_session(engines("bf16").bundle) as session:
         shapes = {tensor.name: tensor.shape for tensor in session.spec.caches()}
-        given = {
+        values = {
             name: (rng.standard_normal(shape).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
             for name, shape in shapes.items()
         }
-        session.write_states(given)
-        found = session.read_states()
-        assert all(np.array_equal(found[name], given[name]) for name in shapes)
+        session.write_states(values)
+        states = session.read_states()
+        assert all(np.array_equal(states[name], values[name]) for name in shapes)
 
 
 @pytest.mark.parametrize("runtime", GPU_RUNTIMES)
@@ -244,21 +247,21 @@ def test_inputs_that_do_not_fit_are_refused(engines: Callable[..., Exported], gp
         assert not gpu.log
 
 
-# Engines that are not for this machine, or not what they are said to be.
+# TensorRT engines that are for another machine, or that differ from the manifest.
 
 
 REFUSED: dict[str, tuple[Gpu, dict[str, Any], str]] = {
     "another architecture": (
         Gpu(),
         {"arch": "sm86"},
-        rf"encode\.engine was built for sm86, but Emulated is sm80: build .* with --arch sm80; it was made by `{MADE}",
+        rf"encode\.engine was built for sm86, but Emulated is sm80: .* with --arch sm80; it was made by `{COMMAND}",
     ),
     "an older GPU": (Gpu(7, 5), {"compatibility": "ampere+"}, "built for sm80, but Emulated is sm75"),
     "another of its kind": (Gpu(8, 6), {"compatibility": "same-cc"}, "built for sm80, but Emulated is sm86"),
     "another version": (
         Gpu(),
         {"version": "1.6"},
-        rf"but 1\.7.* is installed: pip install '.*\[trt-rtx\]' tensorrt-rtx==1\.6, or .*again; it was made by `{MADE}",
+        rf"but 1\.7.* is installed: pip install '.*\[trt-rtx\]' tensorrt-rtx==1\.6, or .*; it was made by `{COMMAND}",
     ),
     "a swapped order": (Gpu(), {"graphs": ("step", "prefill")}, "has no|profile 0 takes tokens"),
     "no room for caches": (
@@ -271,17 +274,17 @@ REFUSED: dict[str, tuple[Gpu, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_engines_that_cannot_run_here(engines: Callable[..., Exported], name: str) -> None:
-    found, changes, words = REFUSED[name]
+    device, changes, words = REFUSED[name]
     if "graphs" in changes:
         bundle = engines("fp16").bundle
         swapped = tuple(replace(e, graphs=e.graphs[::-1]) for e in bundle.manifest.engines)
         bundle = replace(bundle, manifest=replace(bundle.manifest, engines=swapped))
     else:
         bundle = engines("fp16", **changes).bundle
-    with emulated(found) as gpu:
+    with emulated(device) as gpu:
         with pytest.raises(EngineError, match=words):
             open_session(bundle)
-        assert {**gpu.device, **gpu.pinned, **gpu.handles} == {}, "something is left"
+        assert {**gpu.device, **gpu.pinned, **gpu.handles} == {}, "something is still allocated"
 
 
 def test_an_engine_for_every_ampere_runs_on_a_later_gpu(engines: Callable[..., Exported]) -> None:
@@ -290,7 +293,7 @@ def test_an_engine_for_every_ampere_runs_on_a_later_gpu(engines: Callable[..., E
 
 
 def test_a_library_that_is_not_installed(engines: Callable[..., Exported]) -> None:
-    """For real: TensorRT 11 is not here."""
+    """This needs no emulation, because TensorRT 11 is not installed."""
     bundle = engines("fp16", library="tensorrt", version="11.4.0.106").bundle
     words = r"built by tensorrt 11\.4\.0\.106, which is not installed: pip install 'nbp-export\[trt\]' tensorrt==11\.4"
     with pytest.raises(EngineError, match=words):
@@ -298,9 +301,7 @@ def test_a_library_that_is_not_installed(engines: Callable[..., Exported]) -> No
 
 
 def test_a_bundle_without_engines(exported: Exporter) -> None:
-    with pytest.raises(
-        EngineError, match=rf"has no TensorRT engines: it was made by `{MADE} .*`; `nbp-export trt` with"
-    ):
+    with pytest.raises(EngineError, match=rf"no TensorRT engines: it was made by `{COMMAND} .*`; `nbp-export trt`"):
         open_session(exported("1x1x4", tokenizer=True).bundle, runtime="tensorrt")
 
 
@@ -314,8 +315,8 @@ def test_an_engine_that_does_not_load(engines: Callable[..., Exported], gpu: Gpu
 
 
 @pytest.mark.usefixtures("gpu")
-def test_what_the_real_library_says_of_nonsense(tmp_path: Path) -> None:
-    """For real, but for the device's memory."""
+def test_the_real_library_refuses_nonsense(tmp_path: Path) -> None:
+    """The library is the real one, and only the device is emulated."""
     (tmp_path / "generator.engine").write_bytes(b"nonsense" * 9)
     device = cuda.Device.open()
     with pytest.raises(EngineError, match=r"cannot load .*generator\.engine on Emulated: .*magicTag.*72 bytes"):
@@ -335,7 +336,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 @pytest.mark.usefixtures("gpu")
-def test_engines_that_are_not_what_the_manifest_says(engines: Callable[..., Exported], name: str) -> None:
+def test_engines_that_differ_from_the_manifest(engines: Callable[..., Exported], name: str) -> None:
     damage, words = DAMAGE[name]
     with pytest.raises(EngineError, match=rf"generator\.engine: .*{words}.*build it again"):
         open_session(engines("fp16", damage=damage).bundle, graphs=["prefill", "step"])
@@ -349,12 +350,12 @@ def never_writes(patch: pytest.MonkeyPatch) -> None:
 
 
 def writes_only_once(patch: pytest.MonkeyPatch) -> None:
-    """Tokens that were captured by value, as it were."""
+    """Every run uses the inputs of the first one, as if they had been captured by value."""
     plain = trt._Profile.run
 
     def stale(self: Any, inputs: Any) -> Any:
-        self.kept = getattr(self, "kept", {name: value.copy() for name, value in inputs.items()})
-        return plain(self, self.kept)
+        self.first_inputs = getattr(self, "first_inputs", {name: value.copy() for name, value in inputs.items()})
+        return plain(self, self.first_inputs)
 
     patch.setattr(trt._Profile, "run", stale)
 
@@ -364,7 +365,7 @@ def never_waits(patch: pytest.MonkeyPatch) -> None:
 
 
 def never_zeroes(patch: pytest.MonkeyPatch) -> None:
-    """Only the copies in its place: cudaMalloc's memory is NaN."""
+    """Memory from cudaMalloc keeps its NaN."""
     plain = cuda.call
 
     def call(function: Any, *arguments: Any) -> Any:
@@ -383,17 +384,17 @@ def first_profile_for_all(patch: pytest.MonkeyPatch) -> None:
 
 
 def caches_of_its_own(patch: pytest.MonkeyPatch) -> None:
-    """Each graph with other caches: what prefill writes, no step sees."""
+    """Each graph has its own caches, so that no step reads what prefill writes."""
     plain = trt._Profile.__init__
 
     def init(self: Any, library: Any, engine: Any, index: int, spec: Any, device: Any, caches: Any) -> None:
-        own = {name: device.allocate(cache.shape, cache.dtype) for name, cache in caches.items()}
-        plain(self, library, engine, index, spec, device, own)
+        separate = {name: device.allocate(cache.shape, cache.dtype) for name, cache in caches.items()}
+        plain(self, library, engine, index, spec, device, separate)
 
     patch.setattr(trt._Profile, "__init__", init)
 
 
-def captured_cold(patch: pytest.MonkeyPatch) -> None:
+def captures_the_first_run(patch: pytest.MonkeyPatch) -> None:
     plain, calls = trt._Profile._enqueue, set()
 
     def enqueue(self: Any) -> None:
@@ -418,7 +419,7 @@ FAULTS = [
 def test_a_faulty_session_is_caught(
     engines: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    """By an error, or by other tokens than the CPU's after other tokens were generated before."""
+    """A fault raises an error or gives other tokens than the CPU, at the latest in the second clip."""
     bundle = engines("fp16").bundle
     with open_session(bundle, 1, runtime="ort-cpu") as session:
         expected = Generator(session, seed=2).predict(frames(bundle)).tokens
@@ -427,20 +428,20 @@ def test_a_faulty_session_is_caught(
         try:
             session = open_session(bundle)
             Generator(session, seed=1).predict(frames(bundle)[..., ::-1].copy())
-            found = Generator(session, seed=2).predict(frames(bundle)).tokens
+            tokens = Generator(session, seed=2).predict(frames(bundle)).tokens
         except EngineError:
             return
-        assert not np.array_equal(found, expected)
+        assert not np.array_equal(tokens, expected)
 
 
-def test_what_cannot_be_captured_runs_and_says_so(
+def test_a_graph_that_cannot_be_captured_runs_and_has_a_note(
     engines: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a library allocates in its first runs."""
+    """This happens if a library allocates memory in its first runs."""
     bundle = engines("fp16").bundle
     with open_session(bundle, 1, runtime="ort-cpu") as session:
         expected = Generator(session, seed=2).predict(frames(bundle)).tokens
-    captured_cold(monkeypatch)
+    captures_the_first_run(monkeypatch)
     with emulated(Gpu()), open_session(bundle) as session:
         assert isinstance(session, trt.TrtSession)
         assert [note.split()[0] for note in session.notes] == [*session.graphs]
@@ -451,14 +452,14 @@ def test_what_cannot_be_captured_runs_and_says_so(
 
 
 def test_the_cpus_onnx_runtime_is_refused(exported: Exporter) -> None:
-    """For real."""
+    """This needs no emulation, because the package for CPUs is installed."""
     words = r"ONNX Runtime .* is the package for CPUs.*pip uninstall onnxruntime, then pip install 'nbp-export\[gpu\]'"
     with pytest.raises(EngineError, match=words):
         open_session(exported("1x1x4", tokenizer=True).bundle, runtime="ort-cuda")
 
 
 def test_a_silent_fallback_is_refused(exported: Exporter) -> None:
-    with emulated(Gpu(), took="CPUExecutionProvider") as gpu:
+    with emulated(Gpu(), provider="CPUExecutionProvider") as gpu:
         with pytest.raises(EngineError, match="chose CPUExecutionProvider, not the requested provider CUDA"):
             open_session(exported("1x1x4", tokenizer=True).bundle, runtime="ort-cuda")
         assert gpu.device == {}
@@ -473,7 +474,9 @@ def test_a_bf16_tokenizer_is_refused(exported: Exporter) -> None:
         open_session(replace(bundle, manifest=half), runtime="ort-cuda")
 
 
-def test_without_onnx_runtime_the_pip_command_is_told(exported: Exporter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_onnx_runtime_has_the_pip_command(
+    exported: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ort, "find_spec", lambda _: None)
     for runtime, extra in (("ort-cpu", "cpu"), ("ort-cuda", "gpu")):
         with pytest.raises(EngineError, match=rf"pip install 'nbp-export\[{extra}\]'"):
