@@ -1,4 +1,4 @@
-"""The rules that hold the house together: who imports whom, what imports bare, what is tracked."""
+"""The rules of the code base: which package imports which, what works without heavy libraries, and what git tracks."""
 
 import ast
 import builtins
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HOMES = {
+FOLDERS = {
     "nbp_export": ".",
     "nbp_reference": "reference",
     "nbp_engines": "engines",
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "nbp_engines": set(),
     "nbp_reports": set(),
     "nbp_export": {"nbp_reference", "nbp_engines"},
-    "nbp_bench": set(HOMES),
+    "nbp_bench": set(FOLDERS),
 }
 HEAVY = [
     "torch",
@@ -47,38 +47,38 @@ TRACKED_BYTES = 25_000_000
 
 def modules(package: str) -> Iterator[Path]:
     """The package's source files."""
-    return (ROOT / HOMES[package] / package).rglob("*.py")
+    return (ROOT / FOLDERS[package] / package).rglob("*.py")
 
 
 def imported(source: str) -> Iterator[str]:
-    """The top-level names of everything that the source imports, wherever it does."""
+    """The top-level names of everything that the source imports, inside functions too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports would hide whom a module imports"
+            assert node.level == 0, "a relative import does not name the package"
             yield (node.module or "").split(".")[0]
 
 
-@pytest.mark.parametrize("package", HOMES)
+@pytest.mark.parametrize("package", FOLDERS)
 def test_imports_go_one_way(package: str) -> None:
     allowed = MAY_IMPORT[package] | {package}
-    wrong = {
+    violations = {
         f"{path.relative_to(ROOT)} imports {name}"
         for path in modules(package)
         for name in imported(path.read_text("utf-8"))
-        if name in HOMES and name not in allowed
+        if name in FOLDERS and name not in allowed
     }
-    assert not wrong
+    assert not violations
 
 
-def test_the_root_of_the_errors_imports_nothing() -> None:
+def test_the_module_of_the_base_error_imports_nothing() -> None:
     assert [*imported((ROOT / "engines" / "nbp_errors.py").read_text("utf-8"))] == []
 
 
-@pytest.mark.parametrize("package", HOMES)
-def test_every_error_is_of_one_family(package: str) -> None:
-    wrong = {
+@pytest.mark.parametrize("package", FOLDERS)
+def test_every_error_derives_from_ours(package: str) -> None:
+    violations = {
         f"{path.relative_to(ROOT)}: {node.name}({base.id})"
         for path in modules(package)
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
@@ -86,34 +86,34 @@ def test_every_error_is_of_one_family(package: str) -> None:
         for base in node.bases
         if isinstance(base, ast.Name) and not (base.id.endswith("Error") and base.id not in vars(builtins))
     }
-    assert not wrong
+    assert not violations
 
 
 def run_bare(code: str) -> subprocess.CompletedProcess[str]:
-    """Run the code in a fresh interpreter in which every heavy library fails to import."""
+    """Run the code in a new interpreter in which the import of every heavy library fails."""
     bare = f"import sys; sys.modules.update(dict.fromkeys({HEAVY}))"
-    path = f"sys.path[:0] = {[str(ROOT / home) for home in HOMES.values()]}"
+    path = f"sys.path[:0] = {[str(ROOT / home) for home in FOLDERS.values()]}"
     command = [sys.executable, "-c", f"{bare}; {path}\n{code}"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_every_engines_module_imports_bare() -> None:
+def test_every_engines_module_imports_without_heavy_libraries() -> None:
     files = sorted(path.relative_to(ROOT / "engines") for path in modules("nbp_engines"))
     names = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files]
     assert "nbp_engines" in names
-    done = run_bare("\n".join(f"import {name}" for name in names))
-    assert done.returncode == 0, done.stderr
+    result = run_bare("\n".join(f"import {name}" for name in names))
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("package", ["nbp_export", "nbp_bench"])
-def test_help_works_bare(package: str) -> None:
-    done = run_bare(f"from {package}.cli import main\nmain(['--help'])")
-    assert done.returncode == 0, done.stderr
-    assert "Usage:" in done.stdout
+def test_help_works_without_heavy_libraries(package: str) -> None:
+    result = run_bare(f"from {package}.cli import main\nmain(['--help'])")
+    assert result.returncode == 0, result.stderr
+    assert "Usage:" in result.stdout
 
 
 def tracked() -> list[Path]:
-    """The files that git tracks; skips where there is no clone."""
+    """The files that git tracks; skips the test outside a clone."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -125,8 +125,8 @@ def test_tracked_files_stay_small() -> None:
     assert sum(sizes.values()) <= TRACKED_BYTES, sorted(sizes, key=sizes.__getitem__)[-5:]
 
 
-def test_no_tracked_file_names_a_place_on_this_machine() -> None:
+def test_no_tracked_file_contains_a_path_of_this_machine() -> None:
     folders = {ROOT, ROOT.parent, Path.home(), Path(sys.prefix)} - {Path("/"), Path(tempfile.gettempdir())}
-    places = [f"{folder}/".encode() for folder in folders]
+    prefixes = [f"{folder}/".encode() for folder in folders]
     contents = {path.relative_to(ROOT): path.read_bytes() for path in tracked()}
-    assert not [(str(name), place) for name, content in contents.items() for place in places if place in content]
+    assert not [(str(name), prefix) for name, content in contents.items() for prefix in prefixes if prefix in content]

@@ -1,4 +1,4 @@
-"""What was built and executed is said by one table, and quoted everywhere else."""
+"""Claims about what was built and executed are in one table, which all other texts quote."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from nbp_export.trt_library import LIBRARIES
 
 ROOT = Path(__file__).parents[1]
 EXEMPT = {"engines/nbp_engines/status.py", "tests/test_status.py"}
-# What such a claim looks like, in text whose lines are joined.
+# Matches such a claim in a text whose lines were joined.
 CLAIMS = re.compile(
     r"never (yet )?(been )?(built|executed|run)\b"
     r"|(has|have|was|were) not (yet )?(been )?(built|executed|run|tried) (by us|on an? \w*GPU|yet)"
@@ -27,19 +27,19 @@ CLAIMS = re.compile(
 
 
 def joined(text: str) -> str:
-    """The text on one line, without the marks that begin lines of comments."""
+    """The text on one line, without the marks of comments at the beginnings of its lines."""
     return re.sub(r"\s+", " ", re.sub(r"\n[ \t]*(#|//|\*)* ?", " ", text))
 
 
 def tracked() -> list[str]:
-    """The files that git tracks; skips where there is no clone."""
+    """The names of the files that git tracks; skips the test outside a clone."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [name for name in names.split("\0") if name and (ROOT / name).is_file() and name not in EXEMPT]
 
 
-def test_nothing_but_the_table_says_what_was_executed() -> None:
+def test_only_the_table_has_claims_about_what_was_executed() -> None:
     claims = []
     for name in tracked():
         try:
@@ -68,7 +68,7 @@ def test_a_claim_is_found(claim: str) -> None:
     assert CLAIMS.search(joined(claim))
 
 
-def test_rows_in_words() -> None:
+def test_rows_as_sentences() -> None:
     assert sentence("ort-cpu") == "ONNX graphs in ONNX Runtime on a CPU: built, executed on a CPU."
     assert sentence("ort-cuda").endswith(": built, executed on an emulated GPU, never on a GPU.")
     assert sentence("tensorrt-11-engines") == "TensorRT 11 engines: never built, never executed."
