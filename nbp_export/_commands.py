@@ -1,5 +1,6 @@
 """What the two command lines share: errors and warnings as one line each, and the choice of a runtime."""
 
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ class Commands(click.Group):
         try:
             with plain_warnings():
                 return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nAborted!", err=True)  # the line before it ends with the terminal's ^C
+            sys.exit(128 + signal.SIGINT)  # as shells have it; click's own is 1
         except NbpError as error:
             kind = _Refusal if error.exit_code == _Refusal.exit_code else click.ClickException
             raise kind(error.message) from error

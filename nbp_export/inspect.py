@@ -1,14 +1,14 @@
 """What a bundle holds, needs and proves, told from its manifest and receipt: no torch, no onnx."""
 
+import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import zip_longest
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from nbp_engines.registry import DEFAULT, RUNTIMES, open_session
 from nbp_engines.shell import command_line
 from nbp_engines.spec import TensorSpec
 from nbp_engines.status import sentences
+from nbp_errors import NbpError
 from nbp_export.trt import builds
 from nbp_export.trt_library import LIBRARIES
 
@@ -36,6 +37,10 @@ MEMORY = {
     "opened": "measured: with the session open",
 }
 NUMBERS = ("bytes", "weights", "activations", "warnings")
+_MEASURE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pathlib import Path; "
+    "from nbp_export.inspect import tell_opened; tell_opened(Path(sys.argv[2]))"
+)
 GPU_BYTES = "Bytes on the GPU are what the builder reported."
 LOGS = "Each layer stands in .layers.json beside its engine, all that the builder said in .log."
 
@@ -203,11 +208,24 @@ def measure(path: Path) -> dict[str, int]:
     """
     if not PROCESS.exists():
         raise EngineError(f"memory is measured by {PROCESS}, which this system does not have: leave out --measure")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(_opened, path).result()
-        except BrokenProcessPool as error:
-            raise EngineError(f"opening {path} killed the process that did it (out of memory?)") from error
+    # -P keeps the current folder out of its imports. A session of its own keeps Ctrl-C to this process, which kills it.
+    command = [sys.executable, "-P", "-c", _MEASURE, json.dumps([folder for folder in sys.path if folder]), path]
+    done = subprocess.run(command, stdout=subprocess.PIPE, start_new_session=True, check=False)
+    if done.returncode:
+        raise EngineError(f"opening {path} killed the process that did it (out of memory?)")
+    told: dict[str, int] | str = json.loads(done.stdout.splitlines()[-1])
+    if isinstance(told, str):
+        raise EngineError(told)
+    return told
+
+
+def tell_opened(path: Path) -> None:
+    """Print as JSON what opening a bundle takes in this process, or else the message of the error."""
+    try:
+        told: dict[str, int] | str = _opened(path)
+    except NbpError as error:
+        told = error.message
+    sys.stdout.write(f"\n{json.dumps(told)}\n")
 
 
 def _opened(path: Path) -> dict[str, int]:
