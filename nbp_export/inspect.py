@@ -209,8 +209,8 @@ def measure(path: Path) -> dict[str, int]:
     if not PROCESS.exists():
         raise EngineError(f"memory is measured by {PROCESS}, which this system does not have: leave out --measure")
     # -P keeps the current folder out of its imports. A session of its own keeps Ctrl-C to this process, which kills it.
-    command = [sys.executable, "-P", "-c", _MEASURE, json.dumps([folder for folder in sys.path if folder]), path]
-    done = subprocess.run(command, stdout=subprocess.PIPE, start_new_session=True, check=False)
+    command = [sys.executable, "-P", "-c", _MEASURE, json.dumps([folder for folder in sys.path if folder])]
+    done = subprocess.run([*command, str(path)], stdout=subprocess.PIPE, start_new_session=True, check=False)
     if done.returncode:
         raise EngineError(f"opening {path} killed the process that did it (out of memory?)")
     told: dict[str, int] | str = json.loads(done.stdout.splitlines()[-1])

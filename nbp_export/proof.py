@@ -75,12 +75,19 @@ def prove_again(path: Path, report: Report = lambda _: None, runtime: str = DEFA
         content = prove(bundle, report, runs)
     except NbpError as error:
         if "cpu" in runs.devices or not isinstance(error, EngineError):
-            receipt.unlink(missing_ok=True)
+            try:
+                receipt.unlink(missing_ok=True)
+            except OSError as kept:  # the failure is the news; what could not be done about it follows
+                why = f"remove {receipt}, which cannot be removed here ({kept.strerror})"
+                raise NbpError(f"{error.message}; {why}, since it vouches for a bundle that fails") from error
         raise
     try:
         write_json(receipt, content)
     except OSError as error:
-        raise NbpError(f"{path} passed, but its receipt cannot be written: {error.strerror}") from error
+        raise NbpError(
+            f"{path} passed, but its receipt cannot be written ({error.strerror}): free space there, "
+            "or verify a copy in another folder"
+        ) from error
     return bundle
 
 
