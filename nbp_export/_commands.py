@@ -1,5 +1,6 @@
 """Code that `nbp-export` and `nbp-bench` share: one-line errors and warnings, and the option `--runtime`."""
 
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ class Commands(click.Group):
         try:
             with plain_warnings():
                 return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nAborted!", err=True)  # the line before it ends with the terminal's ^C
+            sys.exit(128 + signal.SIGINT)  # as shells have it; click's own is 1
         except NbpError as error:
             kind = _UsageFailure if error.exit_code == _UsageFailure.exit_code else click.ClickException
             raise kind(error.message) from error

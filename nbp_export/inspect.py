@@ -1,14 +1,14 @@
 """Describes a bundle's contents, memory and receipt from its files. Neither torch nor onnx is imported."""
 
+import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import zip_longest
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from nbp_engines.registry import DEFAULT, RUNTIMES, open_session
 from nbp_engines.shell import command_line
 from nbp_engines.spec import TensorSpec
 from nbp_engines.status import sentences
+from nbp_errors import NbpError
 from nbp_export.trt import read_builds
 from nbp_export.trt_library import LIBRARIES
 
@@ -36,6 +37,11 @@ MEMORY = {
     "opened": "measured: process with an open session",
 }
 NUMERIC_COLUMNS = ("bytes", "weights", "activations", "warnings")
+# The argument is a list of folders to import from.
+_MEASURE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pathlib import Path; "
+    "from nbp_export.inspect import print_opened; print_opened(Path(sys.argv[2]))"
+)
 GPU_BYTES = "Weights and activations are bytes on the GPU, as the builder reported them."
 LOGS = "Each engine has a list of its layers (.layers.json) and the log of its build (.log) beside it."
 
@@ -208,11 +214,25 @@ def measure(path: Path) -> dict[str, int]:
     """
     if not PROCESS.exists():
         raise EngineError(f"memory cannot be measured, because this system has no {PROCESS}: leave out --measure")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(_measure_here, path).result()
-        except BrokenProcessPool as error:
-            raise EngineError(f"the process that opened {path} died: it may have run out of memory") from error
+    # With -P, the process imports nothing from the current folder. Ctrl-C does not reach a session of its own: this
+    # process receives it and kills the other one.
+    command = [sys.executable, "-P", "-c", _MEASURE, json.dumps([folder for folder in sys.path if folder])]
+    done = subprocess.run([*command, str(path)], stdout=subprocess.PIPE, start_new_session=True, check=False)
+    if done.returncode:
+        raise EngineError(f"the process that opened {path} died: it may have run out of memory")
+    answer: dict[str, int] | str = json.loads(done.stdout.splitlines()[-1])
+    if isinstance(answer, str):
+        raise EngineError(answer)
+    return answer
+
+
+def print_opened(path: Path) -> None:
+    """Print as JSON the memory that this process needs to open a bundle, or the message of the error."""
+    try:
+        answer: dict[str, int] | str = _measure_here(path)
+    except NbpError as error:
+        answer = error.message
+    sys.stdout.write(f"\n{json.dumps(answer)}\n")
 
 
 def _measure_here(path: Path) -> dict[str, int]:

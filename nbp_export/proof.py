@@ -79,13 +79,20 @@ def verify(path: Path, report: Report = lambda _: None, runtime: str = DEFAULT.n
         content = prove(bundle, report, chosen)
     except NbpError as error:
         if "cpu" in chosen.devices or not isinstance(error, EngineError):
-            receipt.unlink(missing_ok=True)
+            try:
+                receipt.unlink(missing_ok=True)
+            except OSError as removal:
+                raise NbpError(
+                    f"{error.message}; its old receipt cannot be removed ({removal.strerror}): remove {receipt}, which "
+                    "is no longer true"
+                ) from error
         raise
     try:
         write_json(receipt, content)
     except OSError as error:
         raise NbpError(
-            f"{path} passed, but its receipt cannot be written ({error.strerror}): make the folder writable"
+            f"{path} passed, but its receipt cannot be written ({error.strerror}): free space there, or verify a "
+            "copy in another folder"
         ) from error
     return bundle
 

@@ -168,6 +168,22 @@ def test_the_memory_that_opening_takes_is_measured_in_a_process_of_its_own(full:
     assert "measured: process with an open session" in words(run(full.path, "--measure"))
 
 
+def test_nothing_is_imported_from_the_current_folder(
+    full: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("types", "socket", "struct", "numpy", "json", "runpy", "onnxruntime"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    assert inspect.measure(full.path)["opened"] > 1e7
+
+
+def test_a_process_that_dies_while_it_opens_the_bundle(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "_MEASURE", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(EngineError, match="may have run out of memory"):
+        inspect.measure(toy)
+
+
 def test_a_bundle_that_no_session_opens_is_measured_as_an_error(toy: Path) -> None:
     result = run(toy, "--measure")
     assert result.exit_code == 1

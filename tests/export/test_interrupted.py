@@ -297,6 +297,24 @@ def test_a_signal_that_ends_the_command_cleans_up(name: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    done = commanded(SIGNALLED.format(name="SIGINT", then=""), tmp_path)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "Aborted!"
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_the_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    path = os.pathsep.join([str(tmp_path), *(str(ROOT / home) for home in (".", "reference", "engines"))])
+    command = [sys.executable, "-m", "nbp_export", "inspect", "bundle"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "\nAborted!\n")
+
+
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     """As under `nohup`."""
     before = "signal.signal(signal.SIGHUP, signal.SIG_IGN)" + SIGNALLED.format(name="SIGHUP", then="os._exit(7)")

@@ -21,6 +21,7 @@ from nbp_engines.ort import OrtSession
 from nbp_engines.runtime import OpenOptions
 from nbp_engines.status import sentence
 from nbp_errors import NbpError
+from nbp_export import proof
 from nbp_export.cli import main
 from nbp_export.graphs import TORCH_DTYPES
 from nbp_export.onnx_bundle import export
@@ -220,6 +221,33 @@ def test_verify_takes_the_receipt_of_a_bundle_that_fails(copied: Copier) -> None
     assert code == 1
     assert "softcap" in output
     assert not (bundle.path / RECEIPT).exists()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_verify_gives_its_verdict_where_the_folder_cannot_be_written_to(
+    fails: bool, copied: Copier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copied("1x2x2", batch=2)
+
+    def verdict(*_: object) -> dict[str, Any]:
+        if fails:
+            raise NbpError("it computes something else")
+        return {}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(proof, "prove", verdict)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    code, output = verified(bundle.path)
+    assert code == 1
+    (line,) = [line for line in output.splitlines() if "Read-only file system" in line]
+    if fails:
+        assert line.startswith(f"Error: it computes something else; remove {bundle.path / RECEIPT}, which cannot be")
+    else:
+        assert line.startswith(f"Error: {bundle.path} passed, but its receipt cannot be written")
+    assert bundle.receipt() is not None
 
 
 def test_verify_of_a_damaged_file_names_it(copied: Copier) -> None:
