@@ -1,26 +1,45 @@
 """Code that `nbp-export` and `nbp-bench` share: one-line errors and warnings, and the option `--runtime`."""
 
+import errno
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 import click
 
 from nbp_engines.errors import ReceiptWarning
 from nbp_engines.registry import RUNTIMES
-from nbp_errors import NbpError, UsageError
+from nbp_errors import NbpError, UsageError, printable
 
 
 class _UsageFailure(click.ClickException):
     exit_code = UsageError.exit_code
 
 
+class _Terminated(BaseException):
+    """Raised in the main thread when a signal asks the process to end.
+
+    Attributes:
+        number: the number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class Commands(click.Group):
-    """A group of commands that print this distribution's errors and warnings as one line, without a traceback."""
+    """A group of commands that end in one line, without a traceback, on errors, warnings and signals.
+
+    They clean up when a signal ends them, and exit with 128 plus the signal's number, as shells do.
+    """
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line, and print an escape for each character that the locale's encoding lacks."""
@@ -30,16 +49,55 @@ class Commands(click.Group):
         return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. If it fails with an NbpError, print its message and exit with its code."""
+        """Run the command. If it fails with an NbpError or an OSError, print its message and exit with its code."""
         try:
-            with plain_warnings():
+            _require_current_folder()
+            with plain_warnings(), _signals_raise():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("\nAborted!", err=True)  # the line before it ends with the terminal's ^C
-            sys.exit(128 + signal.SIGINT)  # as shells have it; click's own is 1
+            click.echo("\nAborted!", err=True)  # the terminal has printed ^C without a line break
+            sys.exit(128 + signal.SIGINT)
+        except _Terminated as end:
+            click.echo(f"Ended by {signal.Signals(end.number).name}.", err=True)
+            sys.exit(128 + end.number)
+        except OSError as error:
+            if error.errno in (None, errno.EPIPE):  # not from the operating system; a closed pipe, which click handles
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(printable(f"{where}{error.strerror}")) from error
         except NbpError as error:
             kind = _UsageFailure if error.exit_code == _UsageFailure.exit_code else click.ClickException
             raise kind(error.message) from error
+
+
+def _require_current_folder() -> None:
+    """Raise UsageError if the current folder was deleted; libraries would fail in worse ways."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError("the current folder was deleted: change to another folder") from error
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Inside this context, let SIGTERM and SIGHUP raise as Ctrl-C does, so that partial files are removed."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        for other in defaults:
+            signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
+        raise _Terminated(number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # Handlers that `nohup` or a calling program installed are kept.
+    defaults = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in defaults:
+            signal.signal(number, terminate)
+        yield
+    finally:
+        for number in defaults:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class RuntimeName(click.ParamType[str]):

@@ -1,18 +1,14 @@
 """The command `nbp-export`: parses options, calls the package and prints results."""
 
-import errno
 import json
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,59 +28,7 @@ if TYPE_CHECKING:
 SIZES = "nbp-xl, nbp-xxl, nbp-3b, nbp-tiny, each also as NAME-hybrid"
 
 
-class _Terminated(BaseException):
-    """Raised in the main thread when a signal asks the process to end.
-
-    Attributes:
-        number: the number of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-class _ExportCommands(Commands):
-    """Commands that clean up when a signal ends them, and that print an OSError as one line."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. If a signal ends it, exit with 128 plus the signal's number, as shells do."""
-        try:
-            with _signals_raise():
-                return super().invoke(ctx)
-        except _Terminated as end:
-            click.echo(f"Ended by {signal.Signals(end.number).name}.", err=True)
-            sys.exit(128 + end.number)
-        except OSError as error:
-            if error.errno in (None, errno.EPIPE):  # not from the operating system; a closed pipe, which click handles
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(printable(f"{where}{error.strerror}")) from error
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Inside this context, let SIGTERM and SIGHUP raise as Ctrl-C does, so that partial files are removed."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        for other in defaults:
-            signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
-        raise _Terminated(number)
-
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # Handlers that `nohup` or a calling program installed are kept.
-    defaults = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    try:
-        for number in defaults:
-            signal.signal(number, terminate)
-        yield
-    finally:
-        for number in defaults:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@click.group(cls=_ExportCommands)
+@click.group(cls=Commands)
 @click.version_option(package_name="nbp-export")
 def main() -> None:
     """Export a Next-Block-Prediction video generator from PyTorch to ONNX or TensorRT, checked against PyTorch."""

@@ -1,5 +1,12 @@
-"""`python -m nbp_bench`, which is the command `nbp-bench`."""
+"""Runs the command `nbp-bench` as `python -m nbp_bench`, and is the entry point of the installed command."""
 
-from nbp_bench.cli import main
+from nbp_export._start import start
 
-main(prog_name="nbp-bench")
+
+def main() -> None:
+    """Run `nbp-bench`."""
+    start("nbp_bench.cli", "nbp-bench")
+
+
+if __name__ == "__main__":
+    main()
