@@ -35,7 +35,7 @@ from nbp_reference.tokenizer import VideoTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"  # of the bundled nbp-tiny
 
-# A file may contain anything. These are the exceptions that using its content as a model's raises if it is not one.
+# A file may contain anything; content that is not a model raises one of these when it is used as a model.
 _CONTENT_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _NO_EMA = "it holds no EMA copy of the weights: leave out --ema"
