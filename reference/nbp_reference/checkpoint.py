@@ -28,15 +28,15 @@ from nbp_reference.state import (
     WRAPPER_PREFIXES,
     State,
     Submodule,
-    checked_state,
+    check_state_dict,
     example_keys,
-    without_ema,
+    remove_ema_copies,
 )
 from nbp_reference.tokenizer import VideoTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"  # of the bundled nbp-tiny
 
-# A file may contain anything. These are the exceptions that using its content as a model's raises if it is not one.
+# A file may contain anything; content that is not a model raises one of these when it is used as a model.
 _CONTENT_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _NO_EMA = "it holds no EMA copy of the weights: leave out --ema"
@@ -162,7 +162,7 @@ def _load_safetensors(path: Path, alias: str) -> Checkpoint:
     for kind in ("generator", "tokenizer"):
         if kind in metadata:
             config = json.loads(metadata[kind])
-            fit.raise_for(fit.invalid_counts(config))
+            fit.raise_problems(fit.invalid_counts(config))
             if kind == "generator":
                 return Checkpoint(fit.generator(ModelConfig.from_json(config), state, size), None, exact_block=True)
             return Checkpoint(None, fit.tokenizer(TokenizerConfig.from_json(config), state, size), exact_block=True)
@@ -191,7 +191,7 @@ def _load_zip(path: Path, alias: str, ema: bool) -> Checkpoint:
     if isinstance(data, dict) and "state_dict" in data:
         return _from_lightning(data, path.stat().st_size, ema)
     if isinstance(data, dict) and "model_state_dict" in data:
-        state = checked_state(data["model_state_dict"])
+        state = check_state_dict(data["model_state_dict"])
         weights, ema_copies = _weights(TOKENIZER, data, state, ema)
         tokenizer = fit.tokenizer(TOKENIZERS["official"], weights, path.stat().st_size)
         return Checkpoint(None, tokenizer, exact_block=False, ema_copies=ema_copies)
@@ -201,7 +201,7 @@ def _load_zip(path: Path, alias: str, ema: bool) -> Checkpoint:
 def _weights(module: Submodule, data: Mapping[str, Any], state: State, ema: bool) -> tuple[State, tuple[str, ...]]:
     """Return the weights of a module, or with `ema` those of its EMA copy, and the names of all its EMA copies."""
     copies = dict(module.ema_copies(data, state))
-    weights = module.tensors(without_ema(state))
+    weights = module.tensors(remove_ema_copies(state))
     if not ema:
         if copies and not weights:
             raise CheckpointError(f"all weights in it belong to an EMA copy, {example_keys(copies)}: give --ema")
@@ -228,7 +228,7 @@ def _from_lightning(data: Mapping[str, Any], size: int, ema: bool) -> Checkpoint
             "a class-conditional model that is not a hybrid (args.unconditional and args.hybrid are false): "
             "no such model was published, and none is supported"
         )
-    keys = checked_state(data["state_dict"])
+    keys = check_state_dict(data["state_dict"])
     weights, ema_copies = _weights(GENERATOR, data, keys, ema)
     if keys and not weights:
         raise CheckpointError(
@@ -245,7 +245,7 @@ def _from_lightning(data: Mapping[str, Any], size: int, ema: bool) -> Checkpoint
         config = _hybrid(config, _count(args, "cond_token_num"))
     if width != (n_embd := _count(args, "n_embd")):
         raise CheckpointError(f"tok_emb.weight is {width} wide, but hyper_parameters.args.n_embd is {n_embd}")
-    tokenizer_state = TOKENIZER_INSIDE.tensors(without_ema(keys))
+    tokenizer_state = TOKENIZER_INSIDE.tensors(remove_ema_copies(keys))
     tokenizer = fit.tokenizer(TOKENIZERS["official"], tokenizer_state, size) if tokenizer_state else None
     return Checkpoint(fit.generator(config, state, size), tokenizer, exact_block=False, ema_copies=ema_copies)
 
@@ -290,7 +290,7 @@ def _shape(state: Mapping[str, object], key: str, axes: str) -> list[int]:
     """Return a tensor's shape, from which the config is derived; raises CheckpointError unless it has these axes."""
     tensor = state.get(key)
     if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.ndim != len(axes.split()):
-        raise CheckpointError(f"{key}: expected [{axes}], found {fit.described(tensor)}")
+        raise CheckpointError(f"{key}: expected [{axes}], found {fit.describe(tensor)}")
     return list(tensor.shape)
 
 

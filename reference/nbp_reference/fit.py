@@ -33,8 +33,8 @@ def generator(config: ModelConfig, state: Mapping[str, object], size: int) -> Ne
     """
     if config.layers > len(state):  # building so many layers could exhaust the memory
         raise CheckpointError(f"the config has {config.layers} layers, but the file only {len(state)} tensors")
-    model = _loaded(NextBlockTransformer, config, state, size)
-    raise_for(_contradictions(config))
+    model = _load_model(NextBlockTransformer, config, state, size)
+    raise_problems(_contradictions(config))
     config.with_block(str(config.block))
     return model
 
@@ -50,10 +50,10 @@ def tokenizer(config: TokenizerConfig, state: Mapping[str, object], size: int) -
         raise CheckpointError(f"the config has {layers} layers, but the file only {len(state)} tensors")
     if 0 in sizes or min(config.levels) < 2 or config.vocab >= 2**31:
         raise CheckpointError("no tokenizer has the groups, strides, channels or levels of its config")
-    return _loaded(VideoTokenizer, config, state, size)
+    return _load_model(VideoTokenizer, config, state, size)
 
 
-def raise_for(problems: Iterable[str]) -> None:
+def raise_problems(problems: Iterable[str]) -> None:
     """Raise CheckpointError with the first three problems, if there are any."""
     if listed := list(problems):
         more = f" … and {len(listed) - 3} more" if len(listed) > 3 else ""
@@ -74,7 +74,7 @@ def safe_repr(value: object) -> str:
     return f"{value!r:.200}" if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
-def described(value: object) -> str:
+def describe(value: object) -> str:
     """Describe what a file has under a key, for a message.
 
     For an ordinary floating-point tensor this is its shape alone. It equals the expected shape only if the tensor can
@@ -96,13 +96,13 @@ def described(value: object) -> str:
     return " ".join(parts)
 
 
-def _loaded(kind: Callable[[C], M], config: C, state: Mapping[str, object], size: int) -> M:
+def _load_model(kind: Callable[[C], M], config: C, state: Mapping[str, object], size: int) -> M:
     """Return a model of the config that uses the tensors themselves, so that fp32 weights are not copied."""
     with torch.device("meta"):
         model = kind(config)
     expected = {key: str(list(value.shape)) for key, value in model.state_dict().items()}
-    actual = {key: described(value) for key, value in state.items()}
-    raise_for(
+    actual = {key: describe(value) for key, value in state.items()}
+    raise_problems(
         f"{key if key in expected else safe_repr(key)}: expected {expected.get(key, 'no such key')}, "
         f"found {actual.get(key, 'nothing')}"
         for key in sorted(expected.keys() | actual.keys())
@@ -114,7 +114,9 @@ def _loaded(kind: Callable[[C], M], config: C, state: Mapping[str, object], size
     # `detach` drops the attributes that a file may have attached to a tensor.
     tensors = {key: torch.detach(cast(Tensor, state[key])).float().contiguous() for key in expected}
     counts = {key: _nonfinite_count(tensor) for key, tensor in tensors.items()}
-    raise_for(f"{key}: {count} of {expected[key]} values are NaN or infinite" for key, count in counts.items() if count)
+    raise_problems(
+        f"{key}: {count} of {expected[key]} values are NaN or infinite" for key, count in counts.items() if count
+    )
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 

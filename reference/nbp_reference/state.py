@@ -109,7 +109,7 @@ TOKENIZER_INSIDE = Submodule(_TOKENIZER, "encoder_layers.0.conv.weight")
 TOKENIZER = Submodule("", "encoder_layers.0.conv.weight")  # in a file of its own
 
 
-def checked_state(state: object) -> State:
+def check_state_dict(state: object) -> State:
     """Return the state dict; raises CheckpointError unless it is a dictionary whose keys are strings."""
     if not isinstance(state, Mapping):
         raise CheckpointError(f"expected a dictionary of tensors, found {fit.safe_repr(state)}")
@@ -119,7 +119,7 @@ def checked_state(state: object) -> State:
     return dict(state)
 
 
-def without_ema(state: State) -> State:
+def remove_ema_copies(state: State) -> State:
     """Return the state dict without the EMA copies among its keys."""
     return {key: value for key, value in state.items() if not _ema_prefix(key)}
 
@@ -159,11 +159,11 @@ class _Key(NamedTuple):
 
 def _check_prefixes(keys: list[_Key]) -> None:
     """Raise CheckpointError unless all keys of a module have the same prefix of wrappers at the module."""
-    found: dict[tuple[str, ...], dict[str, str]] = {}
+    prefixes_of_module: dict[tuple[str, ...], dict[str, str]] = {}
     for key in keys:
         for depth, prefix in enumerate(key.prefixes):
-            found.setdefault(key.path[:depth], {}).setdefault(prefix, key.original)
-    for prefixes in found.values():
+            prefixes_of_module.setdefault(key.path[:depth], {}).setdefault(prefix, key.original)
+    for prefixes in prefixes_of_module.values():
         if len(prefixes) > 1:
             raise CheckpointError(
                 f"keys of the same module have different prefixes of wrappers ({WRAPPER_PREFIXES}): "
