@@ -1,6 +1,7 @@
 """The generation loop: encode the given frames or take a text, prefill, sample and step block by block, decode.
 
-It is the only implementation of the loop, and it runs on any session.
+It is the only implementation of the loop, and it runs on any session. A hybrid is a class-conditional model, see
+`spec.py`.
 
 Shape legend: B batch, L tokens in a block, P condition tokens, F video frames, H×W their height and width in pixels. In
 tokens [B,T·H·W] of a whole clip, T×H×W are its latent frames, rows and columns.

@@ -5,6 +5,8 @@ there, and `np.asarray` copies them to the host.
 
 Shape legend: B batch, T tokens in the call, L tokens in a block, P condition tokens, V vocabulary, F video frames. In
 tokens [B,T·H·W] of a whole clip, T×H×W are its latent frames, rows and columns.
+
+A hybrid is a class-conditional model, see `spec.py`.
 """
 
 from abc import ABC, abstractmethod

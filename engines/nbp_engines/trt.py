@@ -36,8 +36,8 @@ INSTALL = {
 class _Profile:
     """One graph of the bundle: a profile of a TensorRT engine with an execution context of its own.
 
-    The contexts of one TensorRT engine share its weights. They also share the states, because they never run at the
-    same time. The results of a block step stay on the device; the results of other graphs are copied to the host.
+    The contexts of one TensorRT engine share its weights. They also share the states, because only one of them runs at
+    a time. The results of a block step stay on the device; the results of other graphs are copied to the host.
     """
 
     def __init__(
