@@ -1,7 +1,7 @@
-"""Which of torch's attention kernels a session uses: those that take a mask are timed, and the fastest is kept.
+"""The choice of torch's attention kernel for a session: the kernels that accept a mask are timed, the fastest is used.
 
-Torch's own choice is not used: since 2.11 it is cuDNN's kernel on a Hopper GPU, which raises an error for some masks
-that the other kernels accept.
+Torch's own choice is not used. Since version 2.11 it is cuDNN's kernel on a Hopper GPU, and that kernel raises an error
+for some masks that the other kernels accept.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nbp_bench.device import broken, spans
+from nbp_bench.device import cuda_failed, time_calls
 from nbp_engines.errors import EngineError
 
 MASKED_ATTENTION = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
@@ -26,44 +26,44 @@ class AttentionChoice(Generic[Step]):
     """The fastest attention kernel.
 
     Attributes:
-        kind: the kernel.
+        kernel: the kernel.
         step: the computation that was timed with it.
-        note: the times of all kernels, and why others were refused.
+        note: the times of the kernels, and the errors of those that failed.
     """
 
-    kind: SDPBackend
+    kernel: SDPBackend
     step: Step
     note: str
 
 
 def fastest_attention(prepare: Callable[[], Step], device: torch.device) -> AttentionChoice[Step]:
-    """Time a computation with every attention kernel that takes a mask.
+    """Time a computation with every attention kernel that accepts a mask, and return the fastest.
 
     Args:
-        prepare: called once for each kernel, while torch may use that one alone; returns the computation to time.
+        prepare: returns the computation to time. It is called once per kernel, while torch may use only that kernel.
         device: the device that the computation uses.
 
     Raises:
         EngineError: no kernel runs the computation.
-        RuntimeError: CUDA failed in a way that ends its use in this process.
+        RuntimeError: CUDA has failed in this process for good.
     """
     steps: dict[SDPBackend, tuple[float, Step]] = {}
     notes = []
-    for kind in MASKED_ATTENTION:
+    for kernel in MASKED_ATTENTION:
         try:
-            with sdpa_kernel(kind), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # in them torch tells why it has no such kernel, before it raises
+            with sdpa_kernel(kernel), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns why a kernel is unavailable, then raises an error
                 step = prepare()
-                times = spans(device, lambda _, step=step: step(), TRIALS)  # type: ignore[misc]
+                times = time_calls(device, lambda _, step=step: step(), TRIALS)  # type: ignore[misc]
         except RuntimeError as error:
-            if broken():  # every other kernel would fail with the same error
+            if cuda_failed():  # every other kernel would fail with the same error
                 raise
-            notes.append(f"{kind.name} {type(error).__name__}: {error}".splitlines()[0])
+            notes.append(f"{kernel.name} {type(error).__name__}: {error}".splitlines()[0])
             continue
-        steps[kind] = (median(times), step)
-        notes.append(f"{kind.name} {median(times) / 1e6:.3f} ms")
+        steps[kernel] = (median(times), step)
+        notes.append(f"{kernel.name} {median(times) / 1e6:.3f} ms")
     note = ", ".join(notes)
     if not steps:
-        raise EngineError(f"no attention kernel runs the step: {note}")
-    kind = min(steps, key=lambda kind: steps[kind][0])
-    return AttentionChoice(kind, steps[kind][1], f"{kind.name} attention: {note}")
+        raise EngineError(f"no attention kernel can run the step: {note}")
+    fastest = min(steps, key=lambda kernel: steps[kernel][0])
+    return AttentionChoice(fastest, steps[fastest][1], f"{fastest.name} attention: {note}")

@@ -1,4 +1,4 @@
-"""The PyTorch session whose steps are replayed as CUDA graphs: one launch per step in place of one per kernel.
+"""The PyTorch session that replays its steps as CUDA graphs: one launch per step instead of one per kernel.
 
 Shape legend: B batch, L tokens in a block, P condition tokens, T tokens in the call, V vocabulary.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nbp_bench.attention_choice import fastest_attention
-from nbp_bench.device import broken
+from nbp_bench.device import cuda_failed
 from nbp_bench.torch_sessions import WARM_UPS, EagerSession
 from nbp_engines.errors import EngineError
 from nbp_engines.sampling import Sampling
@@ -25,8 +25,11 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """`torch.cuda.graph`, which leaves its own stream current where a capture cannot be ended."""
+def _capture_into(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Capture into the CUDA graph, and restore the current stream.
+
+    `torch.cuda.graph` alone leaves its own stream current if the capture cannot be ended.
+    """
     before = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
@@ -36,15 +39,19 @@ def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
 
 
 class CapturedCall(Generic[Result]):
-    """A computation on tensors at fixed addresses, captured in a CUDA graph.
+    """A computation on tensors at fixed addresses, captured as a CUDA graph.
 
     Attributes:
-        result: of the computation; a replay overwrites its tensors.
+        result: what the computation returned during the capture; every replay overwrites its tensors.
     """
 
     def __init__(self, compute: Callable[[], Result], rewind: Callable[[], object] = lambda: None) -> None:
-        """Call `compute` a few times, `rewind` before each call, then capture one more call, which does not run."""
-        side_stream = torch.cuda.Stream()  # in their first calls libraries choose kernels, compile and allocate
+        """Capture `compute`.
+
+        First `rewind` and `compute` are called a few times, because libraries choose kernels, compile and allocate in
+        their first calls. Then one more call of `compute` is captured; it does not run before the first replay.
+        """
+        side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
             for _ in range(WARM_UPS):
@@ -52,7 +59,7 @@ class CapturedCall(Generic[Result]):
                 compute()
         torch.cuda.current_stream().wait_stream(side_stream)
         self._graph = torch.cuda.CUDAGraph()
-        with _capturing(self._graph):
+        with _capture_into(self._graph):
             self.result = compute()
 
     def __call__(self) -> None:
@@ -61,32 +68,35 @@ class CapturedCall(Generic[Result]):
 
 
 class CapturedStep:
-    """A block step in a CUDA graph, with the tensors that it reads and writes."""
+    """A step captured as a CUDA graph, with its input and output tensors."""
 
     def __init__(
         self, compute: Callable[[Tensor, Tensor], Tensor], batch: int, count: int, device: torch.device
     ) -> None:
-        """Capture `compute` for `count` tokens of each clip of a batch."""
+        """Capture `compute` for a batch of clips with `count` tokens each."""
         self._tokens_BT = torch.zeros(batch, count, dtype=torch.int64, device=device)
         self._cache_pos_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._replay = CapturedCall(partial(compute, self._tokens_BT, self._cache_pos_B))
 
     def __call__(self) -> None:
-        """Enqueue the step once more, on the same tokens at the same positions."""
+        """Enqueue the step with the tokens and positions of the last call."""
         self._replay()
 
     def logits(self, tokens: Tensor, cache_pos: Tensor) -> Tensor:
-        """Logits [B,L,V] after tokens [B,T] at cache_pos [B]; the next call overwrites them."""
-        self._tokens_BT.copy_(tokens, non_blocking=True)  # from the host or the device
+        """Return logits [B,L,V] after tokens [B,T] at cache_pos [B]; the next call overwrites them.
+
+        The arguments may be on the host or on the device.
+        """
+        self._tokens_BT.copy_(tokens, non_blocking=True)
         self._cache_pos_B.copy_(cache_pos, non_blocking=True)
         self._replay()
         return self._replay.result
 
 
 class SamplingKernel:
-    """Our own engines' sampling kernel, launched on torch's current stream with torch's tensors.
+    """The sampling kernel of nbp_engines, launched on torch's current stream with torch's tensors.
 
-    Raises EngineError, or whatever the driver's binding raises, where it does not run.
+    Raises EngineError, or an error of cuda-bindings, if the kernel cannot be loaded.
     """
 
     def __init__(self, spec: SystemSpec) -> None:
@@ -96,26 +106,28 @@ class SamplingKernel:
         self._sampler = Sampler(self._device, spec)
 
     def draw(self, logits: Tensor, uniforms: Tensor, settings: Sampling) -> Tensor:
-        """Tokens int64 [B,T] of logits [B,T,V] and uniforms float64 [B,T]; waits for nothing."""
+        """Enqueue the draw of tokens int64 [B,T] from logits [B,T,V] with uniforms float64 [B,T]."""
         logits, uniforms = logits.contiguous(), uniforms.contiguous()
         tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
         pointers = (logits.data_ptr(), uniforms.data_ptr(), tokens.data_ptr())
-        stream = torch.cuda.current_stream().cuda_stream  # during a capture, the stream that is captured
+        stream = torch.cuda.current_stream().cuda_stream  # during a capture, this is the captured stream
         self._sampler.enqueue(*pointers, uniforms.numel(), settings, stream)
         return tokens
 
     def close(self) -> None:
-        """Give back what the kernel holds on the device."""
+        """Free the kernel's memory on the device."""
         self._device.close()
 
 
 class CudaGraphSession(EagerSession):
-    """`EagerSession` with its steps in CUDA graphs, one for each number of tokens, and tokens drawn by our own kernel.
+    """`EagerSession` with its steps captured as CUDA graphs, and with the sampling kernel of nbp_engines.
 
-    `unroll` captures reading, drawing and advancing as one graph for each sampling setting, when it first meets it.
-    Of the attention kernels the one is kept whose captured step was fastest when the session was opened, not yet
-    compiled; with `compiled`, the block step is compiled with that one alone. `notes` tell the choice, and why torch
-    draws the tokens where the kernel does not run.
+    There is one CUDA graph for each number of tokens that a step can have. `unroll` captures step and draw together, in
+    one more CUDA graph for each number of tokens and each set of sampling settings, when it first uses them.
+
+    The constructor measures the captured step with each attention kernel, before any compilation, and keeps the
+    fastest kernel. With `compiled`, only the step with that kernel is compiled. `notes` name the chosen kernel and, if
+    the sampling kernel cannot run, the reason why torch draws the tokens.
     """
 
     def __init__(
@@ -134,8 +146,8 @@ class CudaGraphSession(EagerSession):
         super().__init__(spec, generator, tokenizer, device, compiled, channels_last)
         try:
             self._kernel = SamplingKernel(spec)
-        except Exception as error:  # a baseline must not fail for what is ours
-            if broken():
+        except Exception as error:  # this engine must not fail because of our own kernel
+            if cuda_failed():
                 raise
             self.notes.append(f"tokens drawn by torch: {error}")
 
@@ -143,7 +155,7 @@ class CudaGraphSession(EagerSession):
     def _choose_attention(self) -> None:
         for count in self._token_counts:
             choice = fastest_attention(partial(self._captured_step, count), self.device)
-            self._attention[count], self._steps[count] = choice.kind, choice.step
+            self._attention[count], self._steps[count] = choice.kernel, choice.step
             self.notes.append(f"{count} tokens: {choice.note}")
 
     def _compile(self) -> None:
@@ -165,23 +177,26 @@ class CudaGraphSession(EagerSession):
         )
 
     def unroll(self, condition: np.ndarray, noise: np.ndarray, settings: Sampling) -> np.ndarray:
-        """Predicted tokens int64 [B,blocks·L] of a whole clip, in block order, as `EagerSession.unroll`."""
+        """Return the predicted tokens int64 [B,blocks·L] of a whole clip, in block order; see `EagerSession.unroll`."""
         first = 1 if self.spec.hybrid else self.spec.condition_tokens
-        for count in {first, self.spec.block_size}:  # before the clip begins: a warm-up moves its position
+        for count in {
+            first,
+            self.spec.block_size,
+        }:  # before the clip begins: a capture changes its state
             if (count, settings) not in self._advances:
                 self._advances[count, settings] = self._captured_advance(count, settings)
         return super().unroll(condition, noise, settings)
 
     @torch.inference_mode()
     def _captured_advance(self, count: int, settings: Sampling) -> CapturedCall[None] | None:
-        """Reading, drawing and advancing in one graph; None, and a note, where that cannot be captured."""
+        """Capture step and draw in one CUDA graph; return None, and add a note, if that is impossible."""
         try:
             return CapturedCall(partial(self._advance_by, self._compute, count, settings), self._clip.rewind)
         except RuntimeError as error:
-            if broken():
+            if cuda_failed():
                 raise
             first_line = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.notes.append(f"drawing after {count} tokens is not captured: {first_line}")
+            self.notes.append(f"the draw after {count} tokens could not be captured: {first_line}")
             return None
 
     def _advance(self, count: int, settings: Sampling) -> None:
@@ -191,7 +206,7 @@ class CudaGraphSession(EagerSession):
             super()._advance(count, settings)
 
     def close(self) -> None:
-        """Give back the graphs and the kernel."""
+        """Free the CUDA graphs and the sampling kernel."""
         self._steps.clear()
         self._advances.clear()
         if self._kernel:
@@ -200,4 +215,4 @@ class CudaGraphSession(EagerSession):
 
 def _require_cuda(device: torch.device) -> None:
     if device.type != "cuda":
-        raise EngineError("CUDA graphs take a CUDA device")
+        raise EngineError("CUDA graphs need a CUDA device: give --device cuda")

@@ -1,4 +1,4 @@
-"""What only a device has: its clock, its bandwidth, and the bytes that a block step has to move over it."""
+"""Times by a device's clock, its memory bandwidth, and the bytes that a step has to read from its memory."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -10,15 +10,23 @@ import torch
 from nbp_engines.spec import BYTES, SystemSpec
 
 COPIES = 10
-COPIED_BYTES = {"cpu": 2**26, "cuda": 2**32}  # a GPU's caches must not hold it
+COPIED_BYTES = {"cpu": 2**26, "cuda": 2**32}  # more than a GPU's caches hold
 
 
-def spans(
+def time_calls(
     device: torch.device, call: Callable[[int], object], count: int, stream: "torch.cuda.Stream | None" = None
 ) -> list[int]:
-    """Nanoseconds of each of `count` calls back to back: by events of the stream they work on, on a CPU by the clock.
+    """Time `count` calls that run back to back, and return the nanoseconds of each.
 
-    The device works on while the host prepares the next call; where it has to wait for the host, that counts too.
+    On a GPU the times come from CUDA events on `stream`, or on torch's current stream if it is None; on a CPU they come
+    from the host's clock. The host prepares the next call while the GPU works. If the GPU has to wait for the host, the
+    wait is part of the time.
+
+    Args:
+        device: the device that the calls use.
+        call: called with 0, 1, … `count` - 1.
+        count: the number of calls.
+        stream: the stream that the calls enqueue on.
     """
     if device.type != "cuda":
         marks = [perf_counter_ns()]
@@ -38,24 +46,30 @@ def spans(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, those read and those written, of a copy that no cache can hold: the median of several."""
+    """Return the bandwidth of a copy that is too large for the caches, in bytes per second.
+
+    Bytes that are read and bytes that are written both count. The result is the median of several copies.
+    """
     source = torch.ones(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = spans(device, lambda _: target.copy_(source), COPIES)
+    times = time_calls(device, lambda _: target.copy_(source), COPIES)
     return 2 * source.nbytes / (median(times) / 1e9)
 
 
 def peak_bandwidth(device: torch.device) -> float | None:
-    """Bytes a second of the memory's clock, two transfers a cycle, and bus; None where torch does not tell."""
+    """Return a GPU's peak memory bandwidth in bytes per second: two transfers per clock cycle times the bus width.
+
+    Returns None on a CPU, and if torch does not report the clock rate and the bus width.
+    """
     if device.type != "cuda":
         return None
-    known = torch.cuda.get_device_properties(device)
-    kilohertz, bits = getattr(known, "memory_clock_rate", 0), getattr(known, "memory_bus_width", 0)
+    properties = torch.cuda.get_device_properties(device)
+    kilohertz, bits = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)
     return 2 * kilohertz * 1e3 * bits / 8 or None
 
 
-def broken() -> bool:
-    """Whether CUDA has failed in this process for good: after some errors it answers every call with the same one."""
+def cuda_failed() -> bool:
+    """Return whether CUDA has failed in this process for good: after some errors every later call fails too."""
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -66,10 +80,11 @@ def broken() -> bool:
 
 
 def step_bytes(spec: SystemSpec, positions: Sequence[int]) -> int:
-    """What a step has to read, in the mean over its cache positions: weights once, and every valid row of the caches.
+    """Return the bytes that a step has to read, averaged over the given cache positions.
 
-    Rows that are not written yet count for nothing, though an engine may read the caches' whole capacity. Of the two
-    embeddings a step reads a row per token. A layer has 12·C² weights and 13·C biases and norms.
+    They are the weights, once, and the valid rows of the caches. Rows that are not written yet do not count, although
+    an engine may read the whole capacity of the caches. A step reads one row per token of each of the two embeddings.
+    A layer has 12·C² weights, and 13·C values in biases and norms, where C is the width.
     """
     C, tokens = spec.heads * spec.head_dim, spec.batch * spec.block_size
     weights = spec.layers * (12 * C * C + 13 * C) + 2 * C + spec.vocab * C + 2 * tokens * C

@@ -1,7 +1,7 @@
-"""The table of engines: what can make the clips that the bench measures.
+"""The table of the engines that the bench compares.
 
-An engine is one of the PyTorch sessions, or a runtime on a bundle. Everything that differs between engines is read from
-their entries.
+An engine is one of the PyTorch sessions, or a runtime that runs a bundle. The rest of the bench reads everything that
+differs between engines from their entries here.
 """
 
 import os
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine. It has either a session of its own or a runtime.
+    """One engine. It has either `open` or `runtime`.
 
     Attributes:
-        name: what the command line and records call it.
-        title: what it is, in a few words.
-        devices: `cpu` or `cuda`, where it computes.
-        dtypes: the dtypes that it computes in.
-        slow_start: whether minutes may pass before its first clip, for compiling or exporting.
-        role: the part it plays in a comparison, `reference` or `baseline`; None for the others.
-        open: opens a PyTorch session on spec, generator, tokenizer and device.
-        absence: a sentence that says why it cannot run on a device of this machine, or None.
-        runtime: what runs a bundle.
-        status: the rows of `nbp_engines.status` that say what was executed of it so far.
+        name: the name on the command line and in records.
+        title: a short description for the help text.
+        devices: the devices that it can use, of `cpu` and `cuda`; the first is its default.
+        dtypes: the dtypes that it can compute in.
+        absence: called with a device; returns a sentence that says why the engine cannot run on it on this machine, or
+            None if it can.
+        slow_start: whether it compiles or exports before its first clip, which may take minutes.
+        role: its role in a comparison, `reference` or `baseline`; None for the other engines.
+        open: opens a PyTorch session from spec, generator, tokenizer and device; None for a runtime.
+        runtime: the runtime that runs a bundle; None for a PyTorch engine.
+        status: the names of the rows of `nbp_engines.status` that say where it was executed.
     """
 
     name: str
@@ -52,8 +53,8 @@ class Engine:
     status: tuple[str, ...] = ("torch-cpu", "torch-cuda")
 
     @classmethod
-    def on(cls, runtime: Runtime) -> "Engine":
-        """A runtime on a bundle, which is exported first unless it is given."""
+    def from_runtime(cls, runtime: Runtime) -> "Engine":
+        """Return the engine of a runtime. The bench exports a bundle for it unless the user gives one."""
         return cls(
             name=runtime.name,
             title=runtime.title,
@@ -70,45 +71,47 @@ class Engine:
 class _RuntimeAbsence:
     runtime: Runtime
 
-    def __call__(self, device: str) -> str | None:  # noqa: ARG002 - a runtime has one device
+    def __call__(self, device: str) -> str | None:  # noqa: ARG002 - a runtime has only one device
         return self.runtime.absence()
 
 
-def _no_device(device: str) -> str | None:
+def _device_absence(device: str) -> str | None:
+    """Return a sentence if torch has no such device."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+        return "torch finds no CUDA device: use --device cpu, or install torch with CUDA"
     return None
 
 
-def _no_compiler(device: str) -> str | None:
+def _compiler_absence(device: str) -> str | None:
+    """Return a sentence if torch.compile cannot compile for the device."""
     if device == "cuda" and find_spec("triton") is None:
         return "torch.compile needs triton on a GPU: pip install triton"
     if device == "cuda" and not any(map(which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
         return "torch.compile needs a C compiler, with which triton builds its launchers: install gcc"
-    return _no_device(device)
+    return _device_absence(device)
 
 
-def _naive(spec: "SystemSpec", generator: Any, tokenizer: Any, device: str) -> Any:
+def _open_naive(spec: "SystemSpec", generator: Any, tokenizer: Any, device: str) -> Any:
     from nbp_bench.torch_sessions import NaiveSession
 
     return NaiveSession(spec, generator, tokenizer, device)
 
 
-def _eager(spec: "SystemSpec", generator: Any, tokenizer: Any, device: str) -> Any:
+def _open_eager(spec: "SystemSpec", generator: Any, tokenizer: Any, device: str) -> Any:
     from nbp_bench.torch_sessions import EagerSession
 
     return EagerSession(spec, generator, tokenizer, device)
 
 
-def _cudagraph(spec: "SystemSpec", generator: Any, tokenizer: Any, device: str) -> Any:
+def _open_cudagraph(spec: "SystemSpec", generator: Any, tokenizer: Any, device: str) -> Any:
     from nbp_bench.cuda_graphs import CudaGraphSession
 
     return CudaGraphSession(spec, generator, tokenizer, device)
 
 
-def _compiled(spec: "SystemSpec", generator: Any, tokenizer: Any, device: str) -> Any:
+def _open_compiled(spec: "SystemSpec", generator: Any, tokenizer: Any, device: str) -> Any:
     from nbp_bench.cuda_graphs import CudaGraphSession
     from nbp_bench.torch_sessions import EagerSession
 
@@ -116,20 +119,42 @@ def _compiled(spec: "SystemSpec", generator: Any, tokenizer: Any, device: str) -
     return (CudaGraphSession if captured else EagerSession)(spec, generator, tokenizer, device, compiled=True)
 
 
-BOTH, HALF_TOO = ("cpu", "cuda"), ("fp32", "fp16", "bf16")
-PYTORCH = (
-    Engine("naive", "the authors' loop", BOTH, HALF_TOO, _no_device, role=BASELINE, open=_naive),
-    Engine("eager", "PyTorch with static caches", BOTH, HALF_TOO, _no_device, role=REFERENCE, open=_eager),
-    Engine("cudagraph", "the eager step in a CUDA graph", ("cuda",), HALF_TOO, _no_device, open=_cudagraph),
-    Engine("compiled", "the step by torch.compile", BOTH, HALF_TOO, _no_compiler, slow_start=True, open=_compiled),
+ALL_DEVICES, ALL_DTYPES = ("cpu", "cuda"), ("fp32", "fp16", "bf16")
+NAIVE = Engine("naive", "the authors' loop", ALL_DEVICES, ALL_DTYPES, _device_absence, role=BASELINE, open=_open_naive)
+EAGER = Engine(
+    "eager",
+    "PyTorch with static caches",
+    ALL_DEVICES,
+    ALL_DTYPES,
+    _device_absence,
+    role=REFERENCE,
+    open=_open_eager,
 )
-# What is compared where nothing else is asked for, in which dtype, and how many steps are timed by themselves.
+CUDAGRAPH = Engine(
+    "cudagraph",
+    "eager, its steps captured as CUDA graphs",
+    ("cuda",),
+    ALL_DTYPES,
+    _device_absence,
+    open=_open_cudagraph,
+)
+COMPILED = Engine(
+    "compiled",
+    "eager, its step compiled by torch.compile",
+    ALL_DEVICES,
+    ALL_DTYPES,
+    _compiler_absence,
+    slow_start=True,
+    open=_open_compiled,
+)
+PYTORCH = (NAIVE, EAGER, CUDAGRAPH, COMPILED)
+# The defaults of --engines, --dtype and --steps for each device.
 DEFAULT_ENGINES = {"cpu": "naive,eager,ort-cpu", "cuda": "eager,cudagraph,tensorrt,ort-cuda"}
 DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
-DEFAULT_STEPS = {"cpu": 0, "cuda": 200}  # on a CPU the steps of the clips say as much
+DEFAULT_STEPS = {"cpu": 0, "cuda": 200}  # on a CPU the times of the clips' steps are as exact
 
 
 def engines() -> dict[str, Engine]:
-    """All engines by name, those of the registry of runtimes included."""
-    entries = (*PYTORCH, *(Engine.on(runtime) for runtime in RUNTIMES.values()))
+    """Return all engines by name: the PyTorch engines, and one for each registered runtime."""
+    entries = (*PYTORCH, *(Engine.from_runtime(runtime) for runtime in RUNTIMES.values()))
     return {engine.name: engine for engine in entries}

@@ -1,4 +1,6 @@
-"""The reference's block step for a session that owns its caches: one product for q, k and v, one mask for all layers.
+"""The reference's block step on caches that are updated in place, with fused projections and one mask for all layers.
+
+One matrix product computes the queries, keys and values of a layer.
 
 Shape legend: B batch, L tokens in a block, T tokens in the call, N heads, S cache slots, D head dim, C width = N·D,
 V vocabulary.
@@ -13,21 +15,21 @@ from torch import Tensor
 
 from nbp_reference.model import Attention, NextBlockTransformer, block_mask
 
-MASK_ALIGNMENT = 16  # elements; torch's efficient attention copies a mask whose rows start at other multiples
+MASK_ALIGNMENT = 16  # elements; torch's efficient attention copies a mask whose row stride is not a multiple of it
 
 
 def fused_projection(attention: Attention) -> tuple[Tensor, Tensor]:
-    """One weight [3C,C] and one bias [3C] of the query, key and value projections.
+    """Return one weight [3C,C] and one bias [3C] for the query, key and value projections together.
 
-    The projections keep their parameters, as views of these tensors, so that both forms use the same memory. The
-    parameters are moved there once; a further call for the same module returns the same memory.
+    The projections' own parameters become views of these tensors, so that both forms use the same memory. The first
+    call for a module moves the parameters; later calls return the same memory.
     """
     layers = (attention.query, attention.key, attention.value)
-    return _joined([layer.weight for layer in layers]), _joined([layer.bias for layer in layers])
+    return _join_parameters([layer.weight for layer in layers]), _join_parameters([layer.bias for layer in layers])
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parameters, all of one shape, as one tensor in whose memory they lie one after the other."""
+def _join_parameters(parts: Sequence[Tensor]) -> Tensor:
+    """Return one tensor that holds parameters of equal shape one after the other, and make them views of it."""
     first = parts[0].data
     if all(
         part.is_contiguous()
@@ -43,9 +45,10 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def additive_mask_rows(model: NextBlockTransformer) -> Tensor:
-    """The mask that attention adds for each query position: 0 where a slot is visible, else -inf.
+    """Return the mask that attention adds to the scores of each query position: 0 for a visible slot, else -inf.
 
-    [S,S'] in the model's dtype, where S' is the next multiple of MASK_ALIGNMENT; the columns from S on are padding.
+    The mask is [S,S'] in the model's dtype, where S' is S rounded up to a multiple of MASK_ALIGNMENT. The columns from
+    S on are padding.
     """
     slots, device = model.config.capacity, model.pos_emb.device
     visible_SS = block_mask(torch.arange(slots, device=device)[None], slots, model.config)[0, 0]
@@ -56,10 +59,10 @@ def additive_mask_rows(model: NextBlockTransformer) -> Tensor:
 
 
 class FusedBlockStep:
-    """`NextBlockTransformer.block_step` on caches that are allocated once and written in place.
+    """`NextBlockTransformer.block_step` on caches that are allocated once and updated in place.
 
     Attributes:
-        k_caches, v_caches: [B,N,S,D] for each layer.
+        k_caches, v_caches: the caches [B,N,S,D] of each layer.
     """
 
     def __init__(self, model: NextBlockTransformer, batch: int) -> None:
@@ -73,9 +76,9 @@ class FusedBlockStep:
             self.k_caches, self.v_caches = model.empty_caches(batch)
 
     def __call__(self, tokens_BT: Tensor, cache_pos_B: Tensor) -> Tensor:
-        """Append tokens to the caches at cache_pos and predict those that follow.
+        """Write the tokens' keys and values to the caches from slot cache_pos on, and predict the next tokens.
 
-        Returns logits [B,L,V] of the last L tokens, or of all if there are fewer.
+        Returns logits [B,L,V] after the last L tokens, or [B,T,V] if there are fewer than L.
         """
         model, heads = self._model, self._heads
         slots_BT = cache_pos_B[:, None] + self._offsets[: tokens_BT.shape[1]]
@@ -93,8 +96,9 @@ class FusedBlockStep:
 
 
 def write_(cache_BNSD: Tensor, update_BNTD: Tensor, index_BNTD: Tensor) -> None:
-    """Write the update to the cache at the slots of the index, in place."""
-    if torch.compiler.is_compiling():  # of a scatter, torch.compile makes two copies; of an indexed write, none
+    """Write the update into the cache in place, at the slots that the index gives."""
+    # For a scatter torch.compile copies the cache twice, for an indexed write never.
+    if torch.compiler.is_compiling():
         rows_B1 = torch.arange(len(cache_BNSD), device=cache_BNSD.device)[:, None]
         cache_BNSD[rows_B1, :, index_BNTD[:, 0, :, 0]] = update_BNTD.transpose(1, 2)
     else:

@@ -1,7 +1,8 @@
-"""Which models and sessions are open in the process of one engine, or of all PyTorch engines of a dtype.
+"""The models and sessions that a worker process keeps open: for one engine, or for all PyTorch engines of a dtype.
 
-The parent calls the functions here and in measure.py through a `Worker`; their first argument is the process's `Host`.
-Torch is imported where it is needed: the memory of an engine that runs a bundle on a CPU must not hold it.
+The parent calls the functions here and in measure.py through a `Worker`. Their first argument is the `Host` of the
+process. Torch is imported inside the functions that need it, so that it does not count in the memory of an engine that
+runs a bundle on a CPU.
 """
 
 import sys
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
 
 
 class Identity(NamedTuple):
-    """What is known of a model once its weights are let go.
+    """The facts about a model that remain known after its weights are freed.
 
     Attributes:
-        name, digest, trained: as in a record.
-        note: one line that says what it is.
-        spec: in fp32, for one clip at a time.
-        parameters: of generator and tokenizer together.
-        words: the text word of each id of a class-conditional model that has its own; else empty.
+        name, trained: the record's `model` and `trained`.
+        digest: the record's `weights_sha256`.
+        note: one line that describes the model.
+        spec: the model's spec in fp32 for a batch of one clip.
+        parameters: the number of parameters of the generator and the tokenizer together.
+        words: the word of each text id, if the model is class-conditional and has a vocabulary of its own; else empty.
     """
 
     name: str
@@ -48,7 +50,10 @@ class Identity(NamedTuple):
 
 @dataclass
 class Models:
-    """A generator and its tokenizer in a dtype on a device, and the same weights in fp32."""
+    """A generator and its tokenizer in a dtype on a device, and the same weights in fp32.
+
+    In fp32 `exact_generator` and `exact_tokenizer` are the same objects as `generator` and `tokenizer`.
+    """
 
     generator: "NextBlockTransformer"
     tokenizer: "VideoTokenizer | None"
@@ -56,7 +61,10 @@ class Models:
     exact_tokenizer: "VideoTokenizer | None"
 
     def nbytes(self, session: Any) -> int:
-        """Bytes of those that a session computes with; it may have a tokenizer of its own."""
+        """Return the bytes of the parameters that a session shares with these models.
+
+        The tokenizer does not count if the session has made a copy of it.
+        """
         tokenizer = self.tokenizer if session.tokenizer is self.tokenizer else None
         models = [model for model in (self.generator, tokenizer) if model]
         return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
@@ -64,7 +72,13 @@ class Models:
 
 @dataclass
 class OpenSession:
-    """A session, what it holds on a GPU, and the bytes there before it was opened, with a bundle."""
+    """An open session and its memory on the GPU.
+
+    Attributes:
+        session: the session.
+        buffers: bytes that torch allocated on the GPU while a PyTorch session was opened.
+        free_before: free bytes on the GPU before the session of a bundle was opened.
+    """
 
     session: Any
     buffers: int = 0
@@ -72,7 +86,15 @@ class OpenSession:
 
 
 class Host:
-    """What a process keeps between calls: models by weights, dtype and device, and open sessions by case."""
+    """The state that a worker process keeps between calls.
+
+    Attributes:
+        models: the models of the last weights, dtype and device, by that key; at most one entry.
+        sources: the last model that was found, by its request; at most one entry.
+        digests: SHA-256 of the weights by request.
+        sessions: open sessions by case.
+        tokenizer_checks: results of comparing a tokenizer with the reference, which the engines of `models` share.
+    """
 
     def __init__(self) -> None:
         self.models: dict[object, Models] = {}
@@ -82,24 +104,24 @@ class Host:
         self.tokenizer_checks: dict[object, list[Check]] = {}
 
     def session(self, case: "Case") -> Any:
-        """The open session of a case."""
+        """Return the open session of a case."""
         return self.sessions[case].session
 
-    def broken(self) -> bool:
-        """Whether CUDA has failed in this process for good."""
+    def cuda_failed(self) -> bool:
+        """Return whether CUDA has failed in this process, so that every later call to it fails too."""
         if "torch" not in sys.modules:
             return False
-        from nbp_bench.device import broken
+        from nbp_bench.device import cuda_failed
 
-        return broken()
+        return cuda_failed()
 
-    def sound(self) -> bool:
-        """Whether CUDA is in use and still answers, so that what the process holds is worth keeping after an error."""
+    def cuda_works(self) -> bool:
+        """Return whether CUDA is in use and still works, so that the models on the GPU can be kept after an error."""
         if "torch" not in sys.modules:
             return False
         import torch
 
-        return torch.cuda.is_initialized() and not self.broken()
+        return torch.cuda.is_initialized() and not self.cuda_failed()
 
     def close(self) -> None:
         """Close all sessions."""
@@ -108,7 +130,10 @@ class Host:
 
 
 def identify(host: Host, request: "Request") -> Identity:
-    """Find a model, and hash its weights."""
+    """Find a model and hash its weights.
+
+    Raises NbpError if the model cannot be found or read.
+    """
     from nbp_export.graphs import system_spec
     from nbp_export.weights import weights_sha256
 
@@ -129,12 +154,15 @@ def identify(host: Host, request: "Request") -> Identity:
 
 
 def export_bundle(host: Host, request: "Request", dtype: str, batch: int, runtime: Runtime, folder: Path) -> None:
-    """Export a model and prove the bundle, with engines for the GPU of this machine where the runtime runs engines."""
+    """Export a model to a bundle in `folder` and prove it.
+
+    If the runtime runs TensorRT engines, they are built for this machine's GPU. Raises NbpError if the export fails.
+    """
     from nbp_export.onnx_bundle import export
     from nbp_export.trt_library import Options
 
     source = _source(host, request)
-    host.sources.clear()  # the export uses it up
+    host.sources.clear()  # because the export frees the models of the source
     options = None
     if runtime.runs_engines:
         with Device.open() as device:
@@ -143,7 +171,16 @@ def export_bundle(host: Host, request: "Request", dtype: str, batch: int, runtim
 
 
 def open_case(host: Host, case: "Case", bundle: Path | None, threads: int | None) -> list[str]:
-    """Open the session of a case; what a reader of its times should know."""
+    """Open the session of a case and return notes that explain its times.
+
+    Args:
+        host: the state of this process.
+        case: the case; its engine is either a PyTorch engine or a runtime.
+        bundle: the folder that the runtime opens; None for a PyTorch engine.
+        threads: CPU threads inside an operator; None leaves the number to torch or the runtime.
+
+    Raises NbpError if the session cannot be opened.
+    """
     if case.engine.runtime:
         assert bundle
         opened = OpenSession(None, free_before=free_device_memory(case.device))
@@ -164,17 +201,18 @@ def open_case(host: Host, case: "Case", bundle: Path | None, threads: int | None
 
 
 def close_case(host: Host, case: "Case") -> None:
-    """Close the session of a case."""
+    """Close the session of a case, if it is open."""
     if opened := host.sessions.pop(case, None):
         opened.session.close()
 
 
 def _source(host: Host, request: "Request") -> "Source":
+    """Return the model that a request names, set to its block; random weights of the last call are used again."""
     from nbp_export.sources import find, with_block
 
     weights = _weights(request)
     if weights not in host.sources:
-        host.sources.clear()  # one model at a time
+        host.sources.clear()  # so that only one model is in memory
         host.sources[weights] = find(request)
     elif weights != request:
         host.sources[weights] = with_block(host.sources[weights], request.block)
@@ -182,14 +220,17 @@ def _source(host: Host, request: "Request") -> "Source":
 
 
 def _weights(request: "Request") -> "Request":
-    """What tells weights apart: random ones fit every block, but for a class-conditional model's vocabulary."""
+    """Return the request without what does not change the weights, as a key for them.
+
+    Random weights fit every block, except in a class-conditional model, whose vocabulary depends on the block.
+    """
     if request.weights and not request.checkpoint and "hybrid" not in (request.model or ""):
         return request._replace(block=None)
     return request
 
 
 def models_of(host: Host, subject: "Subject", dtype: str, device: "torch.device") -> Models:
-    """Return the models of a subject in a dtype on a device, and load them if they are not the ones that are open."""
+    """Return the models of a subject in a dtype on a device; load them first if the host holds others."""
     from nbp_export.graphs import TORCH_DTYPES
     from nbp_export.weights import read_tokenizer, read_whole_generator
 
@@ -204,7 +245,7 @@ def models_of(host: Host, subject: "Subject", dtype: str, device: "torch.device"
             assert subject.request
             source = _source(host, subject.request)
             generator, tokenizer = source.generator, source.tokenizer
-            host.sources.clear()  # its models are converted in place
+            host.sources.clear()  # because the source's models are converted in place
         generator = generator.to(device, TORCH_DTYPES[dtype])
         tokenizer = tokenizer.to(device, TORCH_DTYPES[dtype]) if tokenizer else None
         if dtype == "fp32":
@@ -216,7 +257,7 @@ def models_of(host: Host, subject: "Subject", dtype: str, device: "torch.device"
 
 
 def spec_of(case: "Case", models: Models) -> SystemSpec:
-    """The spec of a case, for which the models are set."""
+    """Set the models to the block of a case and return the case's spec."""
     from nbp_export.graphs import system_spec
 
     config = models.generator.config
@@ -228,7 +269,10 @@ def spec_of(case: "Case", models: Models) -> SystemSpec:
 
 
 def torch_device(device: str) -> "torch.device":
-    """The device, on which fp32 is fp32 and convolutions are those that were fastest for their shapes."""
+    """Return the torch device of this name.
+
+    Turns off TF32 in this process, and turns on cuDNN's search for the fastest convolution of each shape.
+    """
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -237,6 +281,7 @@ def torch_device(device: str) -> "torch.device":
 
 
 def _allocated(device: "torch.device") -> int:
+    """Return the bytes that torch has allocated on a GPU; 0 on the CPU."""
     if device.type == "cpu":
         return 0
     import torch
@@ -245,7 +290,7 @@ def _allocated(device: "torch.device") -> int:
 
 
 def free_device_memory(device: str) -> int:
-    """Return the free bytes on the GPU; 0 for `cpu`."""
+    """Return the free bytes on the GPU; 0 if the device is `cpu`."""
     if device == "cpu":
         return 0
     with Device.open() as opened:

@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""The machine that a measurement runs on: its description for the records, and its memory."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PACKAGES = ("nbp-export", "torch", "numpy")
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine fields of a record."""
+    """The fields of a record that describe the machine; their meanings are those of `Record`."""
 
     machine: str
     cores: int
@@ -30,17 +30,17 @@ class Machine:
 
 
 def describe() -> Machine:
-    """This machine."""
+    """Return the description of this machine; a fact about the GPU that cannot be read is None."""
     gpu, gpu_memory, driver = _gpu()
-    others = dict.fromkeys(package for runtime in RUNTIMES.values() for package in runtime.packages)
-    found = [(name, _version(name)) for name in (*PACKAGES, *others, "triton")]
+    runtime_packages = dict.fromkeys(package for runtime in RUNTIMES.values() for package in runtime.packages)
+    versions = [(name, _version(name)) for name in (*PACKAGES, *runtime_packages, "triton")]
     return Machine(
         machine=_processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        versions=", ".join(f"{name} {v or 'not installed'}" for name, v in found if v or name in PACKAGES),
+        versions=", ".join(f"{name} {v or 'not installed'}" for name, v in versions if v or name in PACKAGES),
         gpu=gpu,
         gpu_memory_bytes=gpu_memory,
         driver=driver,
@@ -48,7 +48,10 @@ def describe() -> Machine:
 
 
 def available_memory() -> int:
-    """Bytes that new processes can take without swapping; all of the memory where the system does not say."""
+    """Return the bytes that new processes can use without swapping.
+
+    Without /proc/meminfo, as on macOS, returns the size of the whole memory.
+    """
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
@@ -57,9 +60,9 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process, in bytes."""
+    """Return the peak resident size of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count what the parent had when it forked
+    if status.exists():  # unlike it, ru_maxrss also counts the parent's memory at the fork
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
     import resource
@@ -85,7 +88,11 @@ def _version(package: str) -> str | None:
 
 
 def _gpu() -> tuple[str | None, int | None, str | None]:
-    """Name, bytes and driver: torch knows which GPU is in use, the driver's own tool knows its version."""
+    """Return the GPU's name, its memory in bytes and the driver's version, each None if it cannot be read.
+
+    nvidia-smi reports all three, for the first GPU. Name and memory are replaced by those of torch, which knows the GPU
+    in use.
+    """
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     name, memory, driver = None, None, None
     try:
@@ -96,7 +103,7 @@ def _gpu() -> tuple[str | None, int | None, str | None]:
         pass
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        with suppress(RuntimeError):  # a GPU that fails here has failed in the engines' processes, whose rows say so
-            used = torch.cuda.get_device_properties(torch.cuda.current_device())
-            name, memory = used.name, used.total_memory
+        with suppress(RuntimeError):  # a GPU that fails here failed in the engines too, whose rows say so
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            name, memory = properties.name, properties.total_memory
     return name, memory, driver

@@ -1,11 +1,12 @@
-"""What is measured, in the process of one engine or of all PyTorch engines of a dtype: each function is one call.
+"""Measurements on the sessions that a worker process has open.
 
-The parent calls these functions through a `Worker`; the first argument is what the process holds open between calls.
-Torch is imported where it is needed: the memory of an engine that runs a bundle on a CPU must not hold it.
+The parent calls each public function through a `Worker`. The first argument is the `Host` of the process, in which
+host.py opened the session. Torch is imported inside the functions that need it, so that it does not count in the memory
+of an engine that runs a bundle on a CPU.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,13 @@ WARM_UP_STEPS = 20
 
 
 class Result(NamedTuple):
-    """One generated clip: predicted video [B,3,F,H,W], all tokens [B,T·H·W], and the stages in order."""
+    """The clips of one batch.
+
+    Attributes:
+        video: predicted frames, float32 [B,3,F,H,W] in [0,1].
+        tokens: given and predicted tokens, int64 [B,T·H·W] in raster order.
+        spans: name and nanoseconds of each stage, in the order in which they ran.
+    """
 
     video: np.ndarray
     tokens: np.ndarray
@@ -41,12 +48,19 @@ class Result(NamedTuple):
 
     @classmethod
     def of(cls, clip: Clip) -> Self:
-        """What the parent needs of a clip."""
+        """Return the parts of a clip that are sent to the parent."""
         return cls(clip.video, clip.tokens, clip.timeline.spans)
 
 
 class Parity(NamedTuple):
-    """How an engine compares with the reference in fp32: the worst of so many checks."""
+    """The worst of all checks that compare an engine with the reference in fp32.
+
+    Attributes:
+        error: the largest error of that check, relative to the largest expected magnitude.
+        allowed: the tolerance of that check.
+        where: the graph, position and element of the largest error.
+        checks: the number of checks.
+    """
 
     error: float
     allowed: float
@@ -55,12 +69,12 @@ class Parity(NamedTuple):
 
 
 class StepTimes(NamedTuple):
-    """Nanoseconds of single steps back to back, by the device's own clock.
+    """Times of single steps that run back to back, in nanoseconds by the device's clock.
 
     Attributes:
-        steps: without sampling.
-        passes: with sampling, and the tokens' way to the host and back.
-        step_bytes: what such a step has to read, in the mean.
+        steps: time of each step without sampling.
+        passes: time of each step with sampling and the copies of the tokens to the host and back.
+        step_bytes: bytes that a step has to read, averaged over the steps.
     """
 
     steps: list[int]
@@ -69,14 +83,22 @@ class StepTimes(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Peak bytes of the process, and on a GPU of the engine."""
+    """Peak memory in bytes.
+
+    Attributes:
+        process: peak resident size of the process.
+        device: peak memory of the engine on the GPU; None on a CPU.
+    """
 
     process: int
     device: int | None
 
 
 def warm_up(host: Host, case: "Case", condition: np.ndarray, sampling: Sampling | None, seed: int) -> None:
-    """Run every graph once, and a whole clip where steps are unrolled: first calls allocate and choose kernels."""
+    """Run every graph once, because first calls allocate memory and choose kernels.
+
+    A session that unrolls its steps also generates a whole clip, because it captures the loop in its first clip.
+    """
     session = host.session(case)
     generator, spec = Generator(session, sampling, seed), session.spec
     given = condition if spec.hybrid else session.encode(condition)
@@ -90,19 +112,23 @@ def warm_up(host: Host, case: "Case", condition: np.ndarray, sampling: Sampling 
 def predict(
     host: Host, case: "Case", condition: np.ndarray, clip_index: int, sampling: Sampling | None, seed: int
 ) -> Result:
-    """A whole clip after given frames, or of a class."""
+    """Generate a whole clip from given frames float32 [B,3,F,H,W] or from the text ids int64 [B,P] of a class."""
     session = host.session(case)
     generator = Generator(session, sampling, seed)
     return Result.of((generator.generate if session.spec.hybrid else generator.predict)(condition, clip_index))
 
 
 def first_frame(host: Host, case: "Case", condition: np.ndarray, sampling: Sampling | None, seed: int) -> Result:
-    """A streamed clip, up to its first frames."""
+    """Stream a clip up to its first predicted frames."""
     return Result.of(next(Generator(host.session(case), sampling, seed).stream(condition, 0)))
 
 
 def memory(host: Host, case: "Case", condition: np.ndarray, sampling: Sampling | None, seed: int) -> Memory:
-    """Peak memory of the process so far, and on a GPU of one more clip."""
+    """Return the peak memory of the process so far and, on a GPU, the engine's peak while it makes one more clip.
+
+    For a PyTorch engine the GPU's peak is the sum of weights, buffers and what torch allocates during the clip. For a
+    runtime it is the free memory before the bundle was opened less the free memory after the clip.
+    """
     opened, process = host.sessions[case], peak_memory()
     if case.device == "cpu":
         return Memory(process, None)
@@ -114,29 +140,30 @@ def memory(host: Host, case: "Case", condition: np.ndarray, sampling: Sampling |
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     predict(host, case, condition, 0, sampling, seed)
-    passing = torch.cuda.max_memory_allocated() - before
+    transient = torch.cuda.max_memory_allocated() - before
     models = models_of(host, case.subject, case.dtype, torch_device(case.device))
-    return Memory(process, models.nbytes(opened.session) + opened.buffers + passing)
+    return Memory(process, models.nbytes(opened.session) + opened.buffers + transient)
 
 
 def step_times(host: Host, case: "Case", count: int, sampling: Sampling | None) -> StepTimes | None:
-    """Time single steps back to back, at cache positions spread over all that a clip uses.
+    """Time `count` single steps back to back, at cache positions spread over those of a clip.
 
-    None where the caches grow, so that a step cannot be repeated, and where a clip has no step after the prefill.
+    Returns None for an engine whose caches grow, because its steps cannot be repeated, and for a block shape with which
+    a clip has no step after the prefill.
     """
-    from nbp_bench.device import spans, step_bytes
+    from nbp_bench.device import step_bytes, time_calls
     from nbp_export.parity import Graphs
 
     if not isinstance(host.session(case), Graphs):
         return None
     session, device = host.session(case), torch_device(case.device)
     spec, settings = session.spec, sampling or session.sampling
-    every = range(spec.condition_tokens, spec.capacity - spec.block_size + 1, spec.block_size)
-    if spec.hybrid:
-        every = every[1:]
-    if not every:
+    step_positions = range(spec.condition_tokens, spec.capacity - spec.block_size + 1, spec.block_size)
+    if spec.hybrid:  # the first block is generated token by token
+        step_positions = step_positions[1:]
+    if not step_positions:
         return None
-    positions = [every[i * len(every) // count] for i in range(count)]
+    positions = [step_positions[i * len(step_positions) // count] for i in range(count)]
     tokens = np.random.default_rng(0).integers(spec.vocab, size=(spec.batch, spec.block_size))
     noise = np.stack([uniforms(0, b, 0, spec.block_size) for b in range(spec.batch)])
 
@@ -145,83 +172,88 @@ def step_times(host: Host, case: "Case", count: int, sampling: Sampling | None) 
 
     stream = _stream(session, device)
     for times in (min(count, WARM_UP_STEPS), count):
-        steps = spans(device, step, times, stream)
-        passes = spans(device, lambda i: session.sample(step(i), noise, settings), times, stream)
+        steps = time_calls(device, step, times, stream)
+        passes = time_calls(device, lambda i: session.sample(step(i), noise, settings), times, stream)
     return StepTimes(steps, passes, step_bytes(spec, positions))
 
 
-def bandwidths(host: Host, device: str) -> tuple[float, float | None]:  # noqa: ARG001 - every call has a host
-    """Bytes per second of a large copy on the device, and of its memory's clock."""
+def bandwidths(host: Host, device: str) -> tuple[float, float | None]:  # noqa: ARG001 - every function takes a host
+    """Return the bandwidth of a large copy on the device, and the peak bandwidth of its memory, in bytes per second.
+
+    The peak is None on a CPU and where torch does not report it.
+    """
     from nbp_bench.device import copy_bandwidth, peak_bandwidth
 
-    where = torch_device(device)
-    copied = copy_bandwidth(where)
-    _empty_cache(where)  # gigabytes that other libraries could not have
-    return copied, peak_bandwidth(where)
+    target = torch_device(device)
+    copied = copy_bandwidth(target)
+    _empty_cache(target)  # torch would keep gigabytes that other libraries need
+    return copied, peak_bandwidth(target)
 
 
 def parity(host: Host, case: "Case", bundle: Path | None) -> Parity | None:
-    """Compare every graph with the reference in fp32 on the same device, and drawn tokens with numpy's.
+    """Compare every graph with the reference in fp32 on the same device, and the drawn tokens with numpy's.
 
-    None where an engine has no graphs to compare, as the authors' loop, whose caches grow.
+    A case that is not open in this process is opened from `bundle` for the comparison. Returns None for an engine
+    without graphs to compare, such as the authors' loop, whose caches grow.
     """
     from nbp_export.parity import Graphs
 
     device = torch_device(case.device)
     opened = host.sessions.get(case)
-    if opened is None:  # an engine that is measured in a process without torch is checked in another
+    if opened is None:  # the engine is measured in a process without torch, so this process compares it
         assert case.engine.runtime
         assert bundle
         with case.engine.runtime.open(Bundle.open(bundle), OpenOptions()) as session:
-            return _worst(_checks(host, case, session, device))
+            return _worst_of(_parity_checks(host, case, session, device))
     if not isinstance(opened.session, Graphs):
         return None
-    return _worst(_checks(host, case, opened.session, device))
+    return _worst_of(_parity_checks(host, case, opened.session, device))
 
 
 def profile(host: Host, case: "Case") -> str:
-    """Tables of the kernels of a step and of decode, the slowest first."""
+    """Return tables of the kernels of one step and of decode, the slowest kernel first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiling
 
     session, on_gpu = host.session(case), case.device == "cuda"
     spec = session.spec
     tokens, clip = (np.zeros((spec.batch, n), np.int64) for n in (spec.block_size, spec.clip_tokens))
-    at = np.full(spec.batch, spec.condition_tokens + spec.hybrid * spec.block_size)
+    cache_pos = np.full(spec.batch, spec.condition_tokens + spec.hybrid * spec.block_size)
     calls: dict[str, Callable[[], object]] = {
-        "step": lambda: session.step(tokens, at),
+        "step": lambda: session.step(tokens, cache_pos),
         "decode": lambda: session.decode(clip),
     }
     session.prefill(np.zeros((spec.batch, spec.condition_tokens), np.int64))
     tables = []
     for name, call in calls.items():
         call()
-        with profiling(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        with profiling(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             call()
             _wait(case.device)
         column = f"self_{'device' if on_gpu else 'cpu'}_time_total"
-        table = seen.key_averages().table(sort_by=column, row_limit=30, max_name_column_width=90)
+        table = profiler.key_averages().table(sort_by=column, row_limit=30, max_name_column_width=90)
         tables.append(f"{case}: {name}\n{table}")
     return "\n\n".join(tables)
 
 
-def _checks(host: Host, case: "Case", session: Any, device: "torch.device") -> "list[Check]":
+def _parity_checks(host: Host, case: "Case", session: Any, device: "torch.device") -> "list[Check]":
+    """Compare the session's graphs and its sampling with the reference, and return all checks."""
     import torch
 
     from nbp_export.parity import Reference, check_graphs, compare
 
     models = models_of(host, case.subject, case.dtype, device)
     spec: SystemSpec = session.spec
-    spec_of(case, models)  # sets the block
+    spec_of(case, models)  # sets the models to the block of the case
     reference, rng = Reference(models.exact_generator, models.exact_tokenizer), torch.Generator(device).manual_seed(0)
     kinds = {name: graph.kind for name, graph in spec.graphs().items()}
     if device.type == "cuda" and case.engine.runtime is None and reference.tokenizer:
-        _find_convolutions(session)
-    with torch.inference_mode(), _steady_convolutions():
+        _tune_convolutions(session)
+    with torch.inference_mode(), _no_convolution_tuning():
         steps = [name for name, kind in kinds.items() if kind is GraphKind.BLOCK_STEP]
-        checks = [*check_graphs(session, steps, reference, rng), _drawn(session, compare)]
+        checks = [*check_graphs(session, steps, reference, rng), _check_sampling(session, compare)]
         if reference.tokenizer:
-            # PyTorch engines of a dtype share one tokenizer, which is compared once.
+            # The PyTorch engines of a dtype share one tokenizer, so it is compared only once.
             key = (type(getattr(session, "tokenizer", session)), case.subject.bundle, case.dtype, device)
             if key not in host.tokenizer_checks:
                 names = [name for name, kind in kinds.items() if kind is not GraphKind.BLOCK_STEP]
@@ -230,27 +262,30 @@ def _checks(host: Host, case: "Case", session: Any, device: "torch.device") -> "
     return checks
 
 
-def _drawn(session: Any, compare: Any) -> "Check":
-    """Tokens that the session draws from its own logits, against those that numpy draws."""
+def _check_sampling(session: Any, compare: Any) -> "Check":
+    """Compare the tokens that the session draws from its logits with those that numpy draws from them."""
     spec, last = session.spec, session.spec.capacity - session.spec.block_size
     tokens = np.zeros((spec.batch, spec.block_size), np.int64)
     logits = session.step(tokens, np.full(spec.batch, last))
     noise = np.stack([uniforms(0, b, 0, spec.block_size) for b in range(spec.batch)])
-    found, expected = session.sample(logits, noise, Sampling()), sample(np.asarray(logits), noise, Sampling())
-    return compare("sample", f"cache_pos {last}", "tokens", found, expected, 0.0)  # type: ignore[no-any-return]
+    actual, expected = session.sample(logits, noise, Sampling()), sample(np.asarray(logits), noise, Sampling())
+    return compare("sample", f"cache_pos {last}", "tokens", actual, expected, 0.0)  # type: ignore[no-any-return]
 
 
-def _worst(checks: "Iterable[Check]") -> Parity:
-    made = [*checks]
-    worst = max(made, key=lambda c: c.worst / c.tolerance if c.tolerance else (np.inf if c.worst else 0.0))
-    # JSON has no infinity.
+def _worst_of(checks: "list[Check]") -> Parity:
+    """Return the check whose error is the largest share of its tolerance."""
+    worst = max(checks, key=lambda c: c.worst / c.tolerance if c.tolerance else (np.inf if c.worst else 0.0))
+    # Records are JSON, which has no infinity.
     error = min(worst.worst, sys.float_info.max)
-    return Parity(error, worst.tolerance, f"{worst.graph} at {worst.at}, {worst.where}", len(made))
+    return Parity(error, worst.tolerance, f"{worst.graph} at {worst.at}, {worst.where}", len(checks))
 
 
 @contextmanager
-def _steady_convolutions() -> Iterator[None]:
-    """No search for the fastest convolutions: the reference tokenizer in fp32 has dozens of shapes, each used once."""
+def _no_convolution_tuning() -> Iterator[None]:
+    """Turn off cuDNN's search for the fastest convolutions inside the context.
+
+    The reference tokenizer in fp32 has dozens of shapes and uses each of them once, so a search would not pay off.
+    """
     import torch
 
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
@@ -260,15 +295,18 @@ def _steady_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _find_convolutions(session: Any) -> None:
-    """Search for the session's fastest convolutions now: torch keeps what it uses first, searched for or not."""
+def _tune_convolutions(session: Any) -> None:
+    """Run the session's tokenizer so that cuDNN searches for its fastest convolutions now.
+
+    Torch keeps the convolution that a shape used first, whether or not it was searched for.
+    """
     spec = session.spec
     session.encode(np.zeros((spec.batch, 3, spec.condition_frames, *spec.video[1:]), np.float32))
     session.decode(np.zeros((spec.batch, spec.clip_tokens), np.int64))
 
 
 def _stream(session: Any, device: "torch.device") -> "torch.cuda.Stream | None":
-    """The stream that a session enqueues on, where it is not torch's."""
+    """Return the CUDA stream that a session enqueues on, or None if it uses torch's current stream."""
     handle = getattr(getattr(session, "device", None), "stream", None)
     if handle is None:
         return None

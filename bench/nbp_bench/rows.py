@@ -1,4 +1,4 @@
-"""One row of a run: what was measured of a case, as a record."""
+"""The record of one case, made from its measurements."""
 
 import shlex
 import sys
@@ -22,16 +22,16 @@ from nbp_reports.record import REFERENCE, STAGES, Record
 
 @dataclass
 class Measurement:
-    """What is known of a case so far.
+    """The results of a case so far.
 
     Attributes:
-        case: which one.
-        bundle: what its runtime runs.
-        clips, first_frames, steps, parity, memory: results; empty or None where not measured.
-        notes: what a reader should know.
-        troubles: what could not be compared or timed beside the clips, and why.
-        failure: why it could not be measured, or not further.
-        life: of the worker in whose process it is open; 0 where it is not open.
+        case: the case.
+        bundle: the bundle that its runtime runs; None for a PyTorch engine.
+        clips, first_frames, steps, parity, memory: results; empty or None if not measured.
+        notes: sentences for the record that explain the results.
+        troubles: sentences that say which comparison or timing beside the clips failed, and why.
+        failure: why the measurement failed or stopped; empty if it did not.
+        life: the worker's `lives` when the case was opened in its process; 0 if the case is not open.
     """
 
     case: Case
@@ -49,17 +49,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Run:
-    """What all rows of a group have in common.
+    """The facts that all rows of a group share.
 
     Attributes:
-        plan: what was asked for.
-        began: when, in UTC.
+        plan: the plan of the run.
+        began: when the run began, in UTC.
         identity: the model.
-        conditions: what its clips were made from.
-        reference: the reference engine's clips, if it ran.
+        conditions: the conditions of the clips.
+        reference: the clips of the reference engine; None if it has made none.
         interleaved: whether the engines took turns.
-        bandwidths: of the device: of a large copy, and by its memory's clock; None where not measured.
-        machine: where it ran.
+        bandwidths: bytes per second of a large copy on the device, and of its memory at its peak; None if not measured.
+        machine: the machine that the run uses.
     """
 
     plan: Plan
@@ -73,7 +73,7 @@ class Run:
 
 
 def identity_of(bundle: Bundle) -> Identity:
-    """What a bundle's manifest says of its model."""
+    """Return the facts that a bundle's manifest states about its model."""
     manifest = bundle.manifest
     weights = sum(file.size for file in manifest.files if file.path.endswith(".data"))
     return Identity(
@@ -88,23 +88,28 @@ def identity_of(bundle: Bundle) -> Identity:
 
 
 def agreement(tokens: np.ndarray, reference: np.ndarray, spec: SystemSpec) -> tuple[float, int | None]:
-    """Share of predicted tokens of clips [clips,T·H·W] that are equal, and the earliest generated that is not."""
+    """Compare the predicted tokens of clips [clips,T·H·W] with those of the reference engine.
+
+    Returns the share of equal tokens, and the index in block order of the first predicted token that differs in any
+    clip; None if none differs.
+    """
     equal = (tokens == reference)[:, spec.block_order()[-spec.blocks * spec.block_size :]]
     return float(equal.mean()), None if equal.all() else int((~equal).any(0).argmax())
 
 
-def row(run: Run, one: Measurement) -> Record:
-    """The record of a case; one that was not measured says why."""
-    case, plan, identity = one.case, run.plan, run.identity
+def row(run: Run, measurement: Measurement) -> Record:
+    """Return the record of a case; if it was not measured, the record's `not_measured` says why."""
+    case, plan, identity = measurement.case, run.plan, run.identity
+    clips, failure = measurement.clips, measurement.failure
     spec = replace(identity.spec, dtype=case.dtype, batch=case.batch)
-    sampling = plan.sampling or (one.bundle.manifest.sampling if one.bundle else Sampling())
+    sampling = plan.sampling or (measurement.bundle.manifest.sampling if measurement.bundle else Sampling())
     share, divergence = None, None
-    if run.reference and one.clips and case.engine.role != REFERENCE:
-        both = min(len(run.reference), len(one.clips))
-        ours, theirs = (np.concatenate([r.tokens for r in results[:both]]) for results in (one.clips, run.reference))
+    if run.reference and clips and case.engine.role != REFERENCE:
+        count = min(len(run.reference), len(clips))
+        ours, theirs = (np.concatenate([r.tokens for r in results[:count]]) for results in (clips, run.reference))
         share, divergence = agreement(ours, theirs, spec)
-    stopped = [f"it stopped after {len(one.clips)} clips: {one.failure}"] if one.failure and one.clips else []
-    steps, parity, memory = one.steps, one.parity, one.memory
+    stopped = [f"it stopped after {len(clips)} clips: {failure}"] if failure and clips else []
+    steps, parity, memory = measurement.steps, measurement.parity, measurement.memory
     return Record(
         run=run.began,
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -128,8 +133,8 @@ def row(run: Run, one: Measurement) -> Record:
         interleaved=run.interleaved,
         frames=spec.video[0] - spec.condition_frames,
         steps=spec.steps,
-        **_times(one.clips),
-        first_frame_ns=[sum(ns for _, ns in result.spans) for result in one.first_frames],
+        **_times(clips),
+        first_frame_ns=[sum(ns for _, ns in result.spans) for result in measurement.first_frames],
         peak_memory_bytes=memory.process if memory else None,
         peak_device_bytes=memory.device if memory else None,
         token_agreement=share,
@@ -142,17 +147,17 @@ def row(run: Run, one: Measurement) -> Record:
         parity_error=parity.error if parity else None,
         parity_allowed=parity.allowed if parity else None,
         parity_where=parity.where if parity else None,
-        not_measured=one.failure if one.failure and not one.clips else None,
-        bundle_sha256=one.bundle.manifest_sha256 if one.bundle else None,
-        notes=[*one.notes, *one.troubles, *stopped],
+        not_measured=failure if failure and not clips else None,
+        bundle_sha256=measurement.bundle.manifest_sha256 if measurement.bundle else None,
+        notes=[*measurement.notes, *measurement.troubles, *stopped],
     )
 
 
 def _times(clips: Sequence[Result]) -> dict[str, Any]:
-    """Nanoseconds of each clip, and of every call of each stage, clip after clip."""
+    """Return the record's times in nanoseconds: of each clip, and of every call of each stage."""
 
-    def stage(wanted: str) -> list[int]:
-        return [ns for clip in clips for name, ns in clip.spans if name == wanted]
+    def stage_ns(stage: str) -> list[int]:
+        return [ns for clip in clips for name, ns in clip.spans if name == stage]
 
     total = [sum(ns for _, ns in clip.spans) for clip in clips]
-    return {"total_ns": total, **{f"{name}_ns": stage(name) for name in STAGES}}
+    return {"total_ns": total, **{f"{name}_ns": stage_ns(name) for name in STAGES}}

@@ -159,7 +159,7 @@ def _answer(host: Host, function: Callable[..., Any], arguments: tuple[Any, ...]
     try:
         return function(host, *arguments)
     except NbpError as error:
-        return _Failure(error.message, "", host.broken(), error.exit_code)
+        return _Failure(error.message, "", host.cuda_failed(), error.exit_code)
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
-        return _Failure(line[:300], traceback.format_exc(), fatal=not host.sound())
+        return _Failure(line[:300], traceback.format_exc(), fatal=not host.cuda_works())

@@ -160,7 +160,7 @@ def joined(parts: Any) -> Tensor:
     return torch.cat([part.detach() for part in parts])
 
 
-def spans(_: torch.device, call: Callable[[int], object], count: int, stream: object = None) -> list[int]:  # noqa: ARG001
+def time_calls(_: torch.device, call: Callable[[int], object], count: int, stream: object = None) -> list[int]:  # noqa: ARG001
     for i in range(count):
         call(i)
     return [1000] * count
@@ -180,12 +180,12 @@ def far_device() -> Iterator[None]:
             patch.setattr(torch.cuda, name, lambda _=None: None)
         patch.setattr(torch, "Generator", FarGenerator)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-        patch.setattr(fused_step, "_joined", joined)
+        patch.setattr(fused_step, "_join_parameters", joined)
         patch.setattr(attention_choice, "TRIALS", 1)
-        patch.setattr(device, "spans", spans)
+        patch.setattr(device, "time_calls", time_calls)
         patch.setitem(device.COPIED_BYTES, "cuda", 2**20)
         patch.setattr(device, "peak_bandwidth", lambda _: 3.35e12)
-        patch.setattr(attention_choice, "spans", spans)
+        patch.setattr(attention_choice, "time_calls", time_calls)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
             yield

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbp_bench.channels_last import LAYOUT, ChannelsLastTokenizer, frame_group_norm, replicate_sources
+from nbp_bench.channels_last import LAYOUT, ChannelsLastTokenizer, frame_group_norm, padding_indices
 from nbp_bench.torch_sessions import EagerSession
 from nbp_export.graphs import system_spec
 from nbp_export.parity import compare
@@ -72,7 +72,7 @@ def test_every_layer_keeps_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_padding_is_torchs() -> None:
     x, pad = torch.rand(2, 3, 4, 5, 6), (1, 1, 2, 0, 3, 1)
     rows = x.permute(0, 2, 3, 4, 1).reshape(-1, 3)
-    padded = rows[replicate_sources(tuple(x.shape), pad, x.device)].permute(0, 4, 1, 2, 3)
+    padded = rows[padding_indices(tuple(x.shape), pad, x.device)].permute(0, 4, 1, 2, 3)
     assert torch.equal(padded, F.pad(x, pad, mode="replicate"))
 
 

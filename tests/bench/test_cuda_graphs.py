@@ -69,7 +69,7 @@ def captured_session(block: str, hybrid: bool = False, dtype: str = "fp32") -> C
 
 def test_cuda_graphs_take_cuda() -> None:
     model = small_generator("1x1x4")
-    with pytest.raises(EngineError, match="CUDA device"):
+    with pytest.raises(EngineError, match="need a CUDA device"):
         CudaGraphSession(system_spec(model.config, None, "fp32", 1), model, None, "cpu")
 
 
@@ -111,10 +111,11 @@ def test_a_loop_that_cannot_be_captured_replays_its_steps(log: list[str], monkey
         log.clear()
         np.testing.assert_array_equal(unrolled(session, Sampling()), due)
         assert log == ["replay step"] * 8
-        assert session.notes[-1].endswith(
-            "drawing after 4 tokens is not captured: RuntimeError: operation not permitted when stream is capturing"
+        assert session.notes[-1] == (
+            "the draw after 4 tokens could not be captured: "
+            "RuntimeError: operation not permitted when stream is capturing"
         )
-        monkeypatch.setattr(cuda_graphs, "broken", lambda: True)
+        monkeypatch.setattr(cuda_graphs, "cuda_failed", lambda: True)
         with pytest.raises(RuntimeError, match="not permitted"):
             unrolled(session, GREEDY)
 
@@ -168,14 +169,14 @@ def test_the_kernel_is_launched_on_torchs_stream_with_torchs_memory(monkeypatch:
 def test_the_fastest_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = iter(["slow", "fast", "slower"])
     times = {"slow": [2e6], "fast": [1e6], "slower": [3e6]}
-    monkeypatch.setattr(attention_choice, "spans", lambda _, call, count: times[call(0)])  # noqa: ARG005
+    monkeypatch.setattr(attention_choice, "time_calls", lambda _, call, count: times[call(0)])  # noqa: ARG005
 
     def prepare() -> Callable[[], str]:
         name = next(prepared)
         return lambda: name
 
     choice = fastest_attention(prepare, CPU)
-    assert choice.kind == MASKED_ATTENTION[1]
+    assert choice.kernel == MASKED_ATTENTION[1]
     assert choice.step() == "fast"
     assert choice.note == (
         "CUDNN_ATTENTION attention: EFFICIENT_ATTENTION 2.000 ms, CUDNN_ATTENTION 1.000 ms, MATH 3.000 ms"
@@ -199,7 +200,7 @@ def test_an_attention_kernel_is_refused_only_while_cuda_works(monkeypatch: pytes
 
     with pytest.raises(EngineError, match=r"no attention kernel.*CUDNN_ATTENTION RuntimeError: no plan, MATH"):
         fastest_attention(refuse, CPU)
-    monkeypatch.setattr(attention_choice, "broken", lambda: True)
+    monkeypatch.setattr(attention_choice, "cuda_failed", lambda: True)
     with pytest.raises(RuntimeError, match="no plan"):
         fastest_attention(refuse, CPU)
 
@@ -208,8 +209,8 @@ def test_an_eager_session_uses_the_attention_that_was_chosen() -> None:
     model = small_generator("1x1x4")
     eager = EagerSession(system_spec(model.config, None, "fp32", 1), model, None)
     with torch.inference_mode():
-        choice = fastest_attention(partial(eager._warm_step, 4), CPU)
-    assert choice.kind == SDPBackend.MATH, "of those that take a mask on a GPU, the CPU has this one"
+        choice = fastest_attention(partial(eager._warmed_up_step, 4), CPU)
+    assert choice.kernel == SDPBackend.MATH, "of those that take a mask on a GPU, the CPU has this one"
     eager._attention[4] = SDPBackend.EFFICIENT_ATTENTION
     eager.prefill(np.zeros((1, 32), np.int64))
     with pytest.raises(RuntimeError, match="No viable backend"):

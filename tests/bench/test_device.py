@@ -26,7 +26,7 @@ def test_a_step_reads_weights_once_and_valid_rows(block: str) -> None:
 
 
 def test_spans_and_bandwidth_on_the_hosts_clock() -> None:
-    times = device.spans(CPU, lambda i: time.sleep(0.01 * (i + 1)), 2)
+    times = device.time_calls(CPU, lambda i: time.sleep(0.01 * (i + 1)), 2)
     assert 10e6 <= times[0] < times[1]
     assert times[1] >= 20e6
     assert 1e8 < device.copy_bandwidth(CPU) < 1e13
