@@ -55,6 +55,10 @@ class _ExportCommands(Commands):
         except _Ended as end:
             click.echo(f"Ended by {signal.Signals(end.number).name}.", err=True)
             sys.exit(128 + end.number)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search("allocate memory|overflow", str(error)):
+                raise
+            raise click.ClickException("the memory is too small for this: choose a smaller --batch or model") from error
         except OSError as error:
             if error.errno in (None, errno.EPIPE):  # the first is no refusal of the system's, the other is click's
                 raise
@@ -110,7 +114,9 @@ MODEL_OPTIONS = (
         "--block", help="Block shape TxHxW in latent units, or a size.  [default: the model's own, else 1x1x16]"
     ),
     click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True),
-    click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips generated at once."),
+    click.option(
+        "--batch", type=click.IntRange(1, 2**20), default=1, show_default=True, help="Clips generated at once."
+    ),
     click.option("--timing-only", is_flag=True, help="Accept a checkpoint that was trained for another block."),
     click.option(
         "--out", type=click.Path(path_type=Path), help="The bundle's folder.  [default: ./NAME-BLOCK-DTYPE[-ARCH]]"
@@ -196,6 +202,14 @@ def trt(
     _export(engines=how, check=check, **options)
 
 
+def _refuse_deleted_folder() -> None:
+    """Raise NbpError if the current folder is gone: torch's libraries would end the process as they are loaded."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise NbpError("the current folder was deleted: change to one that exists") from error
+
+
 def _export(
     model: str | None,
     checkpoint: Path | None,
@@ -212,6 +226,7 @@ def _export(
 ) -> None:
     from nbp_export._extras import need
 
+    _refuse_deleted_folder()
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
     from nbp_export.inspect import counted
     from nbp_export.onnx_bundle import export, refuse_out, rehearse
@@ -259,6 +274,7 @@ def verify(bundle: Path, runtime: str) -> None:
     """
     from nbp_export._extras import need
 
+    _refuse_deleted_folder()
     need("export", "torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "rich")
     from nbp_export.proof import prove_again
 
@@ -356,7 +372,7 @@ def _folder_name(model: str) -> str:
 
 def _echo_path(path: Path) -> None:
     """Print a path alone: as it is into a pipe, and on a terminal without what that would obey."""
-    click.echo(printable(path) if sys.stdout.isatty() else os.fsencode(path))
+    click.echo(printable(path) if sys.stdout and sys.stdout.isatty() else os.fsencode(path))
 
 
 def _outcome(bundle: "Bundle") -> str:
