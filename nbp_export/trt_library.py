@@ -20,7 +20,10 @@ from nbp_export._extras import need
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")  # that TensorRT-RTX is asked for here
 COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
-TIMINGS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nbp-export"
+try:
+    TIMINGS = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nbp-export"
+except RuntimeError:  # a user without a home: nothing is kept, as where the folder cannot be written to
+    TIMINGS = Path(os.devnull, "nbp-export")
 
 
 @dataclass(frozen=True)

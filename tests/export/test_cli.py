@@ -239,6 +239,23 @@ def test_a_current_folder_that_was_deleted(words: str, tmp_path: Path, monkeypat
     )
 
 
+def test_a_user_without_a_home_has_the_commands(tmp_path: Path) -> None:
+    """As one whom the system does not know: `expanduser` finds no home for it."""
+    homes = [str(ROOT / home) for home in (".", "reference", "engines")]
+    code = (
+        f"import os, pwd, sys; sys.path[:0] = {homes}; os.environ.pop('HOME', None); "
+        "os.environ.pop('XDG_CACHE_HOME', None); pwd.getpwuid = {}.__getitem__; from nbp_export.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "inspect", "nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: nothing is not a bundle")
+    code = code.replace("from nbp_export.cli import main; main()", "import nbp_export.trt_library")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_path_is_printed_where_there_is_an_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     cli._echo_path(Path("bundle"))
