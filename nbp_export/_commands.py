@@ -1,6 +1,7 @@
 """Code that `nbp-export` and `nbp-bench` share: one-line errors and warnings, and the option `--runtime`."""
 
 import errno
+import re
 import signal
 import sys
 import threading
@@ -46,7 +47,11 @@ class Commands(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        return super().main(*args, **options)
+        try:
+            return super().main(*args, **options)
+        except OSError as error:  # from printing the help, which happens before a command is invoked
+            click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. If it fails with an NbpError or an OSError, print its message and exit with its code."""
@@ -60,6 +65,10 @@ class Commands(click.Group):
         except _Terminated as end:
             click.echo(f"Ended by {signal.Signals(end.number).name}.", err=True)
             sys.exit(128 + end.number)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search("allocate memory|overflow", str(error)):
+                raise
+            raise click.ClickException("there is too little memory: choose a smaller --batch or model") from error
         except OSError as error:
             if error.errno in (None, errno.EPIPE):  # not from the operating system; a closed pipe, which click handles
                 raise

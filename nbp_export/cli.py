@@ -58,7 +58,7 @@ MODEL_OPTIONS = (
     click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True),
     click.option(
         "--batch",
-        type=click.IntRange(1),
+        type=click.IntRange(1, 2**20),
         default=1,
         show_default=True,
         help="Number of clips that are generated together.",
@@ -329,7 +329,7 @@ def _folder_name(model: str) -> str:
 
 def _echo_path(path: Path) -> None:
     """Print a path on a line of its own: unchanged into a pipe, and with control characters escaped on a terminal."""
-    click.echo(printable(path) if sys.stdout.isatty() else os.fsencode(path))
+    click.echo(printable(path) if sys.stdout and sys.stdout.isatty() else os.fsencode(path))
 
 
 def _outcome(bundle: "Bundle") -> str:

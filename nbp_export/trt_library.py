@@ -20,7 +20,10 @@ from nbp_export._extras import need
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")  # that we build for with TensorRT-RTX
 COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
-TIMINGS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nbp-export"
+try:
+    TIMINGS = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nbp-export"
+except RuntimeError:  # the user has no home directory, so that timings cannot be kept
+    TIMINGS = Path(os.devnull, "nbp-export")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from nbp_engines.generator import Generator
 from nbp_engines.ort import OrtSession
 from nbp_engines.runtime import OpenOptions
 from nbp_engines.sampling import GREEDY
-from nbp_export import _extras
+from nbp_export import _extras, cli
 from nbp_export.cli import main
 from nbp_export.request import Request
 from nbp_export.sources import find
@@ -208,6 +208,57 @@ def test_files_that_are_something_else(weights: Path, tmp_path: Path) -> None:
     assert "nowhere.ckpt is neither a file nor a Hub id" in refused(1, "--checkpoint", tmp_path / "nowhere.ckpt")
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     assert "junk.ckpt" in refused(1, "--checkpoint", tmp_path / "junk.ckpt")
+
+
+@pytest.mark.parametrize(("batch", "code"), [(10**6, 1), (10**20, 2)])
+def test_a_batch_that_no_memory_holds_is_one_line(batch: int, code: int, tmp_path: Path) -> None:
+    message = refused(code, "--batch", batch)
+    assert message.count("Error: ") == 1
+    assert "--batch" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("words", "code"), [("--help >&-", 0), ("--help >/dev/full", 1), ("verify . >&- 2>&-", 1)])
+def test_an_output_that_is_closed_or_full(words: str, code: int) -> None:
+    homes = ":".join(str(ROOT / home) for home in (".", "reference", "engines"))
+    line = f"PYTHONPATH={homes} exec {sys.executable} -m nbp_export {words}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == (code if "full" in words else 0)
+
+
+@pytest.mark.parametrize("words", ["onnx", "verify bundle"])
+def test_a_current_folder_that_was_deleted(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = CliRunner().invoke(main, words.split())
+    assert (result.exit_code, result.output) == (
+        2,
+        "Error: the current folder was deleted: change to another folder\n",
+    )
+
+
+def test_a_user_without_a_home_has_the_commands(tmp_path: Path) -> None:
+    """As one whom the system does not know: `expanduser` finds no home for it."""
+    homes = [str(ROOT / home) for home in (".", "reference", "engines")]
+    code = (
+        f"import os, pwd, sys; sys.path[:0] = {homes}; os.environ.pop('HOME', None); "
+        "os.environ.pop('XDG_CACHE_HOME', None); pwd.getpwuid = {}.__getitem__; from nbp_export.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "inspect", "nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: nothing is not a bundle")
+    code = code.replace("from nbp_export.cli import main; main()", "import nbp_export.trt_library")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_is_printed_where_there_is_an_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    cli._echo_path(Path("bundle"))
 
 
 @pytest.mark.parametrize("option", [("--batch", 0), ("--dtype", "fp8"), ("--weights", "good"), ("--blocks", 16)])
