@@ -1,4 +1,4 @@
-"""Traces the reference into static ONNX graphs whose inputs and outputs are those of the spec.
+"""Traces the reference into ONNX graphs whose inputs and outputs are those of the spec.
 
 Shape legend: B batch, T tokens in the call, P condition tokens, L tokens in a block, S cache slots.
 """
@@ -18,13 +18,13 @@ from nbp_reference.tokenizer import VideoTokenizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPSET = 24  # the first with TensorScatter
-FREE = "T"  # the number of tokens, where a graph leaves it open
+OPSET = 24  # the first opset with TensorScatter
+FREE = "T"  # the name of the dynamic dimension: the number of tokens
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64}
 
 
 def system_spec(model: ModelConfig, tokenizer: TokenizerConfig | None, dtype: str, batch: int) -> SystemSpec:
-    """All static numbers of a bundle. Without a tokenizer the video's size is unknown, and zero."""
+    """Return the spec of a bundle. Without a tokenizer the size of the video is unknown and set to zero."""
     video, condition_frames = (0, 0, 0), 0
     if tokenizer:
         _, high, wide = tokenizer.compression
@@ -48,7 +48,7 @@ def system_spec(model: ModelConfig, tokenizer: TokenizerConfig | None, dtype: st
 
 
 class _BlockStep(nn.Module):
-    """`block_step` with the caches as flat arguments k_0, v_0, k_1 …; serves prefill and steps alike."""
+    """`block_step` with the caches as separate arguments k_0, v_0, k_1 …; the module of prefill and step."""
 
     def __init__(self, model: NextBlockTransformer) -> None:
         super().__init__()
@@ -60,6 +60,8 @@ class _BlockStep(nn.Module):
 
 
 class _Encode(nn.Module):
+    """The tokenizer from an fp32 video to tokens, in any dtype of the weights."""
+
     def __init__(self, tokenizer: VideoTokenizer, dtype: torch.dtype) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -70,6 +72,8 @@ class _Encode(nn.Module):
 
 
 class _Decode(nn.Module):
+    """The tokenizer from tokens to an fp32 video."""
+
     def __init__(self, tokenizer: VideoTokenizer, latent: tuple[int, int, int]) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -80,7 +84,7 @@ class _Decode(nn.Module):
 
 
 def graph_module(spec: SystemSpec, name: str, model: nn.Module) -> nn.Module:
-    """The function behind the named graph, weights in the spec's dtype (the model is converted in place)."""
+    """Return the module that computes the named graph. The model is converted to the spec's dtype in place."""
     dtype = TORCH_DTYPES[spec.dtype]
     model = model.to(dtype).eval()
     if isinstance(model, NextBlockTransformer):
@@ -90,26 +94,29 @@ def graph_module(spec: SystemSpec, name: str, model: nn.Module) -> nn.Module:
 
 
 def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> "ir.Model":
-    """One graph of opset 24 with the spec's names; the weights stay where torch has them.
+    """Trace a module into one graph of opset 24 with the spec's names, which shares torch's memory for the weights.
 
-    All static, or with `free_tokens`, for a block step, its tokens in any number: the same graph is then prefill and
-    steps, fewer tokens than a block included, though torch traces it for a block and more.
+    All shapes are static, except with `free_tokens`: then a block step takes any number of tokens, so that one graph
+    serves as prefill, `step` and `step_1`. Torch traces it for more tokens than one block, but it is also valid for
+    fewer.
     """
     import onnx_ir as ir
 
-    # One tensor for each input: torch.export merges inputs that are the same object, silently.
+    # Each input has its own tensor, because torch.export silently merges inputs that are the same object.
     example = tuple(torch.zeros(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.inputs)
     traced: nn.Module | torch.export.ExportedProgram = module.eval()
     if free_tokens:
         (batch, size), slots = spec.inputs[0].shape, spec.inputs[2].shape[2]
-        # An example of a size that nothing else has; torch takes a 1, and equal sizes, for constants.
+        # The example has a size that occurs nowhere else: torch makes a size of 1 a constant and ties equal sizes.
         example = (torch.zeros(batch, 2 * size + 1, dtype=torch.int64), *example[1:])
         free = {1: torch.export.Dim(FREE, min=size + 1, max=slots)}
         shapes = {"tokens": free, "cache_pos": None, "caches": tuple(None for _ in example[2:])}
         traced = torch.export.export(module.eval(), example, dynamic_shapes=shapes)
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # wants torchvision
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
+        logging.ERROR
+    )  # it warns that torchvision is missing
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about its pytrees
+        warnings.filterwarnings("ignore", category=FutureWarning)  # from torch itself, about its pytrees
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         program = torch.onnx.export(
             traced,
@@ -126,7 +133,7 @@ def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> "ir.
     graph.name = spec.name
     _clear_metadata(model)
     if free_tokens:
-        # Torch has fixed the sizes behind the last block's rows, which are fewer for fewer tokens.
+        # Torch has inferred fixed shapes after the selection of the last block's rows; fewer tokens give fewer rows.
         for value in (v for node in graph for v in node.outputs if v not in graph.outputs):
             value.shape = None
         (batch, _), (_, _, vocab) = spec.inputs[0].shape, spec.outputs[0].shape
@@ -136,7 +143,7 @@ def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> "ir.
 
 
 def _tensor_scatter(cache: Any, update: Any, cache_pos: Any) -> Any:
-    """The cache write as one node, straight on the graph's input."""
+    """Translate a cache update to a single TensorScatter node on the graph's input."""
     from onnxscript.values import Opset
 
     return Opset("", OPSET).TensorScatter(cache, update, cache_pos, axis=2, mode="linear")

@@ -1,21 +1,22 @@
-"""Cache contents in which every valid slot counts, so that a graph that overlooks one of them differs visibly.
+"""Generates "sharpened" cache contents, with which a graph that does not attend to a valid slot fails its check.
 
-With random contents, attention averages a thousand values to almost nothing, and the model hardly depends on any of
-them: half precision hides that a graph does not attend to a slot, or to half of them. Sharpened contents are needles.
-Each valid slot is a needle in one layer, where its values all have one large magnitude. What attention adds to the
-residual stream there comes from that layer's needles alone. In nbp-xl's last step a layer has 52 needles, and a missing
-one changes what attention adds by 1/√52.
+With random contents, attention averages a thousand values to almost zero, and the output hardly depends on any of
+them. Half precision then hides that a graph ignores a slot, or even half of them. Sharpened contents contain
+needles: each valid slot is a needle in one layer, where its values all have one large magnitude. What attention adds to
+the residual stream in a layer comes almost only from the needles of this layer. In nbp-xl's last step a layer has 52
+needles, and a missing one changes what attention adds by 1/√52.
 
-The weights of attention stay nearly equal. If attention picked single slots, it would pass over the slots that no query
-picks, and it would multiply rounding errors layer after layer. With needles, half precision is as accurate as with
+The weights of attention stay nearly equal. If attention selected single slots, it would skip the slots that no query
+selects, and it would amplify rounding errors from layer to layer. With needles, half precision is as accurate as with
 random contents.
 
-How many slots show in half precision depends on the number of layers. With 24 layers of nbp-xl's width, 1000 tokens in
-the vocabulary, random weights and blocks of 1 and 16 tokens, each of the 100 slots that were tried moves some element
-by 5.5e-2 or more when it is hidden, half of them by more than 7.4e-2, where bf16 allows 5e-2 and fp16 1e-2. The
-reference itself in bf16 is off by 1.0e-2 there and in fp16 by 1.2e-3. With the five layers of nbp-tiny, each slot that
-was tried shows in fp16 but only 47% (blocks of 1) and 63% (of 16) in bf16; a hidden block of 16 moves some element by
-1.3e-1. All of these are hundreds of times what fp32 allows.
+The number of slots whose absence is detected in half precision depends on the number of layers. With 24 layers of
+nbp-xl's width, a vocabulary of 1000 tokens, random weights and blocks of 1 and 16 tokens, 100 slots were hidden one at
+a time. Each of them changed some element by 5.5e-2 or more, and half of them by more than 7.4e-2. The tolerance is
+5e-2 in bf16 and 1e-2 in fp16, and the reference itself has errors of 1.0e-2 in bf16 and 1.2e-3 in fp16. With the five
+layers of nbp-tiny, every tested slot is detected in fp16, but in bf16 only 47% (blocks of 1 token) and 63% (16 tokens)
+are; a hidden block of 16 tokens changes some element by 1.3e-1. All of these changes are hundreds of times the
+tolerance of fp32.
 Shape legend: B batch, N heads, T tokens in the call, S cache slots, D head dim, C width.
 """
 
@@ -28,28 +29,31 @@ from torch import Tensor
 
 from nbp_reference.model import NextBlockTransformer, block_mask, tensor_scatter
 
-# Deviation of the scores q·k/√D. A key changes the weight of its slot by a factor of e^±0.5, so that keys count too.
-# From 1 on, errors grow from layer to layer: at 24 layers of nbp-xl's width and random weights, the reference in bf16
-# is off by 1.0e-2, 1.3e-2 and 2.0e-2 at deviations of 0.5, 0.7 and 1.
+# The standard deviation of the scores q·k/√D. A key changes the weight of its slot by a factor of about e^±0.5, so
+# that wrong keys are detected too. From a deviation of 1 on, errors grow from layer to layer: with 24 layers of
+# nbp-xl's width and random weights, the reference in bf16 has errors of 1.0e-2, 1.3e-2 and 2.0e-2 at deviations of
+# 0.5, 0.7 and 1.
 SCORE = 0.5
-# How much larger the residual stream is after all attention layers. Each adds the same share of what is there already,
-# or the needles of late layers would be lost in what early layers added. More would not show much more, and fp16
-# overflows at 65504.
+# The factor by which all attention layers together enlarge the residual stream. Each layer adds the same share of its
+# input, because the needles of late layers would otherwise vanish beside what early layers added. A larger factor would
+# detect little more, and fp16 overflows at 65504.
 GROWTH = 50.0
-LARGEST = 16384.0  # of a value in a cache, for the same reason
+LARGEST = 16384.0  # the largest value in a cache, because fp16 overflows at 65504
 
 
 def sharpened_caches(
     generator: NextBlockTransformer, tokens_BT: Tensor, cache_pos_B: Tensor, rng: torch.Generator
 ) -> Iterator[Tensor]:
-    """Contents [B,N,S,D] of k_cache_0, v_cache_0, k_cache_1 …, made to measure for these tokens.
+    """Yield contents [B,N,S,D] of k_cache_0, v_cache_0, k_cache_1 … for a call of the generator with these tokens.
 
-    They depend on the queries and the residual stream of the reference, which computes where the rng is. Only slots
-    before `cache_pos` mean anything; one row at least must have some.
+    They depend on the reference's queries and residual stream, which are computed on the rng's device. Only the slots
+    before `cache_pos` are meaningful, and at least one row must have such slots.
     """
     config, device = generator.config, rng.device
     shape = (len(tokens_BT), config.heads, config.capacity, config.head_dim)
-    groups = min(config.layers, int(cache_pos_B.max()))  # a layer without a slot of its own shares another's
+    groups = min(
+        config.layers, int(cache_pos_B.max())
+    )  # with fewer valid slots than layers, several layers share a slot
     slots_S1 = torch.arange(config.capacity, device=device)[:, None]
     valid_BNSD = (slots_S1 < cache_pos_B[:, None, None, None]).expand(shape)
     share = (GROWTH ** (2 / config.layers) - 1) ** 0.5
@@ -63,11 +67,11 @@ def sharpened_caches(
         keys_out = tensor_scatter(keys, k, cache_pos_B)
         signs = torch.randint(2, shape, generator=rng, device=device) * 2.0 - 1
         needles = (slots_S1 % groups == number % groups) & valid_BNSD
-        # What needles of magnitude 1 add to the stream: attention is linear in the values.
+        # What needles of magnitude 1 add to the stream. Attention is linear in the values, so this can be scaled.
         added_BTC = layer.attn.attend(q, keys_out, signs * needles, mask) - layer.attn.proj.bias
-        wanted = share * x_BTC.square().mean().sqrt() / added_BTC.square().mean().sqrt()
+        magnitude = share * x_BTC.square().mean().sqrt() / added_BTC.square().mean().sqrt()
         values = torch.randn(shape, generator=rng, device=device)
-        values = torch.where(needles, signs * wanted.clamp(max=LARGEST), values)
+        values = torch.where(needles, signs * magnitude.clamp(max=LARGEST), values)
         yield keys
         yield values
         x_BTC = x_BTC + layer.attn.attend(q, keys_out, tensor_scatter(values, v, cache_pos_B), mask)

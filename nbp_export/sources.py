@@ -1,4 +1,4 @@
-"""Finds the model that a command line asks for: a checkpoint, a size with random weights, or the bundled nbp-tiny."""
+"""Loads the model that a command line requests: a checkpoint, a size with random weights, or the bundled nbp-tiny."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from nbp_reference.errors import CheckpointError
 from nbp_reference.model import NextBlockTransformer, init_parameter
 from nbp_reference.tokenizer import VideoTokenizer
 
-TINY = ("nbp-tiny", "nbp-tiny-hybrid")  # the models that come with their weights
+TINY = ("nbp-tiny", "nbp-tiny-hybrid")  # the models whose weights are bundled
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,12 @@ class Source:
     """A model in evaluation mode.
 
     Attributes:
-        name: for tables and folder names.
-        generator: its config's block is the one asked for.
-        tokenizer: None where no file brought one.
-        trained: whether its output means anything.
-        note: one line that says what this is.
-        options: the options of the command line that name it, for whoever wants to make it again; none if it was made
-            in Python.
+        name: the name of the model in tables and folder names.
+        generator: the generator, whose config has the requested block.
+        tokenizer: the tokenizer; None if no file contains one.
+        trained: whether the weights were trained for this block.
+        note: one line that describes the model.
+        options: the command-line options that select the model; empty if it was created in Python.
     """
 
     name: str
@@ -43,16 +42,16 @@ class Source:
 
 
 def find(request: Request) -> Source:
-    """The model of a request.
+    """Load the model of a request.
 
-    Raises UsageError for requests that contradict themselves or ask for weights that nobody has, BlockShapeError
-    for a block that does not tile, CheckpointError for a file that cannot be loaded.
+    Raises UsageError if options contradict each other or if there are no weights for the model, BlockShapeError for a
+    block that does not tile the latent video, CheckpointError for a file that cannot be loaded.
     """
-    return replace(_found(request), options=tuple(_options(request)))
+    return replace(_load(request), options=tuple(_options(request)))
 
 
 def _options(request: Request) -> Iterator[str]:
-    """The options that name a model again; block, dtype and batch are the bundle's."""
+    """Yield the options that select the model again. The bundle's manifest has its block, dtype and batch."""
     if not request.checkpoint:
         yield from ("--model", request.model or TINY[0])
     for option in ("checkpoint", "tokenizer", "weights"):
@@ -64,57 +63,61 @@ def _options(request: Request) -> Iterator[str]:
         yield "--timing-only"
 
 
-def _found(request: Request) -> Source:
+def _load(request: Request) -> Source:
     if request.checkpoint:
         if request.model:
-            raise UsageError("--checkpoint says what the model is: leave out --model")
+            raise UsageError("--checkpoint already selects the model: leave out --model")
         return _from_checkpoint(request, fetch(request.checkpoint))
     if request.ema:
-        raise UsageError("--ema takes the EMA copy that a --checkpoint holds; a named model has none: leave it out")
+        raise UsageError("--ema needs a --checkpoint, because a named model has no EMA copy: leave out --ema")
     if request.tokenizer:
-        raise UsageError("--tokenizer completes a --checkpoint; a named model brings its own: leave it out")
+        raise UsageError("--tokenizer needs a --checkpoint, because a named model has its own: leave out --tokenizer")
     name = request.model or TINY[0]
     if name not in MODELS:
-        raise UsageError(f"no model {name!r}: there are {', '.join(MODELS)}")
+        raise UsageError(f"--model {name!r} does not exist: choose one of {', '.join(MODELS)}")
     if request.weights == "random":
         return _random(name, MODELS[name].with_block(request.block or str(MODELS[name].block)))
     if name not in TINY:
-        raise UsageError(f"{name} has no bundled weights: give --checkpoint FILE, or --weights random to time it")
+        raise UsageError(f"{name} has no bundled weights: give --checkpoint FILE, or --weights random for timing")
     return _bundled(name, request)
 
 
 def _from_checkpoint(request: Request, path: Path) -> Source:
     loaded = checkpoint.load(path, ema=request.ema and request.weights != "random")
     if loaded.generator is None:
-        raise UsageError(f"{path} holds only a tokenizer: give the generator as --checkpoint, this one as --tokenizer")
+        raise UsageError(
+            f"{path} holds only a tokenizer: give the generator as --checkpoint, and this file as --tokenizer"
+        )
     tokenizer = loaded.tokenizer
     if request.tokenizer:
         file = fetch(request.tokenizer)
-        brought = checkpoint.load(file)
-        if request.ema and brought.ema_copies:
-            brought = checkpoint.load(file, ema=True)
-        tokenizer = brought.tokenizer
+        second = checkpoint.load(file)
+        if request.ema and second.ema_copies:
+            second = checkpoint.load(file, ema=True)
+        tokenizer = second.tokenizer
         if tokenizer is None:
-            raise UsageError(f"{request.tokenizer} holds no tokenizer")
+            raise UsageError(f"{request.tokenizer} holds no tokenizer: give a file with one as --tokenizer")
     if tokenizer and tokenizer.config.vocab != loaded.generator.config.codes:
         codes, ids = tokenizer.config.vocab, loaded.generator.config.codes
-        raise UsageError(f"the tokenizer has {codes} codes, the generator {ids} for video: they do not belong together")
+        raise UsageError(
+            f"the tokenizer has {codes} codes but the generator has {ids} video ids: give the matching --tokenizer"
+        )
     name, title = printable(path.stem), printable(path.name)
     generator, trained_for = loaded.generator, loaded.generator.config.block
     config = generator.config.with_block(request.block or str(trained_for))
     if request.weights == "random":
-        note = f"no checkpoint for block {config.block}: random weights of {title}'s size, speed means something"
+        note = f"random weights of {title}'s size, block {config.block}: for timing only"
         return Source(name, random_generator(config), tokenizer, False, note)
     fits = config.block == trained_for if loaded.exact_block else config.block.size == trained_for.size
     if generator.config.text and config.block.size != trained_for.size:
         raise UsageError(
-            f"{path} is class-conditional: {trained_for.size} of its token ids begin a video and fill its first block, "
-            f"which fixes the block size. Use --block {trained_for}"
+            f"{path} is class-conditional: its vocabulary has {trained_for.size} special tokens that begin a video, "
+            f"one per token of a block, so the block size is fixed. Use --block {trained_for}"
         )
     if not fits and not request.timing_only:
         raise UsageError(
-            f"{path} was trained for block {trained_for}, not {config.block}: its output would be noise. "
-            f"Use --block {trained_for}, or --timing-only if only the speed matters"
+            f"{path} was trained for block {trained_for}, not {config.block}: its output would be meaningless. "
+            f"Use --block {trained_for}, or --timing-only to measure speed"
         )
     generator.config = config
     note = f"{title}, block {config.block}" + ("" if fits else f" (trained for {trained_for}: timing only)")
@@ -122,13 +125,13 @@ def _from_checkpoint(request: Request, path: Path) -> Source:
         note += (
             f", the EMA copy of its weights ({copies})"
             if request.ema
-            else (f"; it also holds an EMA copy of its weights ({copies}), which --ema takes")
+            else (f"; it also holds an EMA copy of its weights ({copies}), which --ema selects")
         )
     return Source(name, generator, tokenizer, fits, note)
 
 
 def random_generator(config: ModelConfig) -> NextBlockTransformer:
-    """A generator with random weights, allocated once; each parameter has its own seed, so that all cores can draw."""
+    """Return a generator with random weights. Each parameter has its own seed, so that all cores can draw at once."""
     with torch.device("meta"):
         generator = NextBlockTransformer(config)
     names, parameters = zip(*generator.to_empty(device="cpu").named_parameters(), strict=True)
@@ -146,13 +149,15 @@ def _random(name: str, config: ModelConfig) -> Source:
 
 
 def _random_note(name: str, config: ModelConfig) -> str:
-    return f"{name} with random weights, block {config.block}: speed means something, quality is not measured"
+    return f"{name} with random weights, block {config.block}: for timing only, quality is not measured"
 
 
 def with_block(source: Source, block: str | None) -> Source:
-    """A named model with the same random weights for another block, the model's own if None.
+    """Return a named model with the same random weights for another block; None selects the model's default block.
 
-    Raises BlockShapeError for a block that does not tile. The given source's generator becomes the new one's.
+    The new source shares the generator of the given one, which must not be used afterwards.
+
+    Raises BlockShapeError for a block that does not tile the latent video.
     """
     config = source.generator.config.with_block(block or str(MODELS[source.name].block))
     source.generator.config = config
@@ -167,5 +172,5 @@ def _bundled(name: str, request: Request) -> Source:
         if request.or_random:
             return _random(name, config)
         raise
-    asked = "" if request.model else " (no --model, no --checkpoint given)"
-    return Source(name, generator, tokenizer, True, f"bundled {name} for block {config.block}{asked}")
+    reason = "" if request.model else " (the default, without --model and --checkpoint)"
+    return Source(name, generator, tokenizer, True, f"bundled {name} for block {config.block}{reason}")

@@ -1,7 +1,7 @@
-"""One copy of the weights on disk for all graphs of a bundle, and the way back from there to the reference.
+"""Writes one copy of the weights for all graphs of a bundle, and loads the reference from it.
 
-Equal tensors are written once. An index says where each of the reference's parameters lies, so that a bundle can be
-held against the reference again without the checkpoint that it came from.
+Equal tensors are written once. The index INDEX holds the place of each parameter of the reference, so that a bundle can
+be compared with the reference without its checkpoint.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from nbp_reference.tokenizer import VideoTokenizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ALIGNMENT = 4096  # bytes, a page: runtimes map the file
-INLINE = 1024  # bytes; smaller tensors stay in the graph's own file
+ALIGNMENT = 4096  # bytes: the size of a page, because runtimes map the file into memory
+INLINE = 1024  # bytes: tensors up to this size stay in the graph's own file
 INDEX = "weights.json"
 
-# What the weights are while numpy, which has no bf16, handles them.
+# The integer dtypes as which numpy handles the weights, because it has no bf16.
 BITS = {"fp32": torch.int32, "fp16": torch.int16, "bf16": torch.int16}
 INDEX_RULES: Rule = {
     ...: {
@@ -49,18 +49,18 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class WeightPool:
-    """One of a bundle's data files, open for writing; each holds the weights of one model part once."""
+    """A data file of a bundle, open for writing. It holds each weight of one part of the model once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("wb")
-        self._written: dict[bytes, int] = {}
-        # By memory, so that what one graph has written is neither transposed nor hashed for the next and the index; the
-        # array is kept, or its memory might become another's.
-        self._seen: dict[tuple[object, ...], tuple[np.ndarray, int]] = {}
+        self._offsets: dict[bytes, int] = {}  # by the hash of the content
+        # By address and layout, so that an array which several graphs share is transposed and hashed only once. The
+        # array is kept alive, because its address could otherwise be used again for another array.
+        self._by_memory: dict[tuple[object, ...], tuple[np.ndarray, int]] = {}
 
     def externalise(self, model: "ir.Model") -> None:
-        """Move the graph's large initializers into the file, leaving references to it."""
+        """Write the graph's large initializers to the file, and replace them with references to it."""
         import onnx_ir as ir
 
         for value in model.graph.initializers.values():
@@ -78,53 +78,58 @@ class WeightPool:
             )
 
     def index(self, state: Mapping[str, Tensor]) -> Index:
-        """Where each parameter lies: name → file, offset, shape and dtype as stored, and whether transposed.
+        """Return the place of each parameter by name: file, offset, stored shape and dtype, and whether transposed.
 
-        Small ones, which the graphs hold themselves, are written for the purpose. Raises NbpError if the graphs that
-        were taken do not hold a large one, as it is or transposed: they would compute with other weights.
+        Small parameters, which the graphs hold themselves, are written here.
+
+        Raises NbpError if the externalised graphs hold a large parameter neither as it is nor transposed, because they
+        would then compute with other weights.
         """
-        return {name: self._found(name, value.detach()) for name, value in state.items()}
+        return {name: self._place(name, value.detach()) for name, value in state.items()}
 
-    def _found(self, name: str, value: Tensor) -> dict[str, Any]:
+    def _place(self, name: str, value: Tensor) -> dict[str, Any]:
         dtype = next(short for short, dtype in TORCH_DTYPES.items() if dtype == value.dtype)
-        # Most matrices are a Linear's, which the exporter transposes.
-        forms = [(value.T, True), (value, False)] if value.ndim == 2 else [(value, False)]
-        for stored, transposed in forms:
+        # Most matrices belong to a Linear, whose weight the exporter transposes.
+        layouts = [(value.T, True), (value, False)] if value.ndim == 2 else [(value, False)]
+        for stored, transposed in layouts:
             offset = self._offset(stored.view(BITS[dtype]).numpy(), append=stored.nbytes <= INLINE)
             if offset is not None:
                 place = {"file": self._path.name, "offset": offset, "shape": list(stored.shape)}
                 return place | {"dtype": dtype, "transposed": transposed}
-        raise NbpError(f"{name} {list(value.shape)} is in no exported graph: the exporter changed it")
+        raise NbpError(
+            f"{name} {list(value.shape)} is not in any exported graph, because the exporter changed it: "
+            "please report this with the command and versions"
+        )
 
     def _offset(self, array: np.ndarray, append: bool) -> int | None:
-        """Where an array's bytes are in the file; appended if they are new and may be, else None."""
+        """Return the offset of an array's bytes in the file. New bytes are appended; without `append`, None."""
         memory = array.ctypes.data, array.itemsize, array.shape, array.strides
-        if memory not in self._seen:
+        if memory not in self._by_memory:
             data = _bytes(array)
             digest = hashlib.sha256(data).digest()
-            if append and digest not in self._written:
+            if append and digest not in self._offsets:
                 self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-                self._written[digest] = self._file.tell()
+                self._offsets[digest] = self._file.tell()
                 self._file.write(data)
-            if digest not in self._written:
+            if digest not in self._offsets:
                 return None
-            self._seen[memory] = array, self._written[digest]
-        return self._seen[memory][1]
+            self._by_memory[memory] = array, self._offsets[digest]
+        return self._by_memory[memory][1]
 
     def __enter__(self) -> Self:
-        """The pool itself."""
+        """Return the pool itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the file, and let go of the arrays."""
+        """Close the file and release the arrays."""
         self._file.close()
-        self._seen.clear()
+        self._by_memory.clear()
 
 
 def weights_sha256(*models: nn.Module | None) -> str:
-    """One digest over names, shapes and values of all weights."""
+    """Return one SHA-256 digest of the names, shapes, dtypes and values of all weights."""
     digest = hashlib.sha256()
     for model in models:
         for name, value in sorted(model.state_dict().items()) if model else ():
@@ -134,30 +139,32 @@ def weights_sha256(*models: nn.Module | None) -> str:
 
 
 def read_generator(bundle: Bundle) -> NextBlockTransformer:
-    """The reference with a bundle's weights in fp32, whose layers are read one by one as they are used.
+    """Return the reference with a bundle's weights in fp32. Each use of a layer reads it from the file.
 
-    Raises NbpError if the bundle's index lies or does not fit the bundle's config.
+    Raises NbpError if the bundle's index is malformed or does not fit the bundle's config.
     """
     config = ModelConfig.from_json(bundle.manifest.model["config"]["generator"])
-    index = _index(bundle)
+    index = _read_index(bundle)
     layers = {name: index.pop(name) for name in [*index] if name.startswith("generator.blocks.")}
     with torch.device("meta"):
         model = NextBlockTransformer(config)
     model.blocks = _LayersOnDemand(bundle, config, layers)
-    return _filled(model, bundle, index, "generator.")
+    return _load_parameters(model, bundle, index, "generator.")
 
 
 def read_whole_generator(bundle: Bundle) -> NextBlockTransformer:
-    """The same with all layers in memory, for whoever runs it more than once."""
+    """Return the same model with all layers in memory, for repeated use."""
     model = read_generator(bundle)
     model.blocks = nn.ModuleList([*model.blocks])
     return model
 
 
 def read_tokenizer(bundle: Bundle) -> VideoTokenizer | None:
-    """The tokenizer with a bundle's weights in fp32, as far as its graphs go; None if it has none.
+    """Return the tokenizer with a bundle's weights in fp32, without an encoder if the bundle has no encode graph.
 
-    Raises NbpError if the bundle's index lies or does not fit the bundle's config.
+    Returns None for a bundle without a tokenizer.
+
+    Raises NbpError if the bundle's index is malformed or does not fit the bundle's config.
     """
     config = bundle.manifest.model["config"].get("tokenizer")
     if config is None:
@@ -166,11 +173,11 @@ def read_tokenizer(bundle: Bundle) -> VideoTokenizer | None:
         model = VideoTokenizer(TokenizerConfig.from_json(config))
     if "encode" not in bundle.manifest.graphs:
         model.encoder_layers = nn.Sequential()
-    return _filled(model, bundle, _index(bundle), "tokenizer.")
+    return _load_parameters(model, bundle, _read_index(bundle), "tokenizer.")
 
 
 class _LayersOnDemand(nn.ModuleList):
-    """Transformer layers that are built from the file when their turn comes: one is in memory at a time."""
+    """Transformer layers that iteration reads from the file, so that one layer is in memory at a time."""
 
     def __init__(self, bundle: Bundle, config: ModelConfig, index: Index) -> None:
         super().__init__()
@@ -182,24 +189,26 @@ class _LayersOnDemand(nn.ModuleList):
         for i in range(self._config.layers):
             with torch.device("meta"):
                 layer = Layer(self._config.width, self._config.heads)
-            yield _filled(layer, self._bundle, self._index, f"generator.blocks.{i}.")
+            yield _load_parameters(layer, self._bundle, self._index, f"generator.blocks.{i}.")
 
 
-def _filled(model: M, bundle: Bundle, index: Index, prefix: str) -> M:
-    """The model with its parameters, those in the index under that prefix, in fp32."""
-    own = {name.removeprefix(prefix): place for name, place in index.items() if name.startswith(prefix)}
+def _load_parameters(model: M, bundle: Bundle, index: Index, prefix: str) -> M:
+    """Load the parameters that the index lists under a prefix into a model, in fp32, and return it."""
+    places = {name.removeprefix(prefix): place for name, place in index.items() if name.startswith(prefix)}
     try:
-        model.load_state_dict({name: _mapped(bundle.path, place).float() for name, place in own.items()}, assign=True)
+        model.load_state_dict(
+            {name: _read_tensor(bundle.path, place).float() for name, place in places.items()}, assign=True
+        )
     except RuntimeError as error:
-        raise NbpError(f"{INDEX} does not fit the manifest's config: {error}") from error
+        raise NbpError(f"{INDEX} does not fit the manifest's config: export the bundle again ({error})") from error
     return model.eval()
 
 
-def _index(bundle: Bundle) -> Index:
-    """The index, checked: every place lies inside a file that the manifest lists."""
+def _read_index(bundle: Bundle) -> Index:
+    """Read the index, and check that every place is inside a file that the manifest lists."""
     path, files = bundle.path / INDEX, {file.path: file.size for file in bundle.manifest.files}
     if INDEX not in files:
-        raise NbpError(f"{bundle.path} has no {INDEX}, so its weights cannot be found: export it again")
+        raise NbpError(f"{bundle.path} has no {INDEX}, so its weights cannot be located: export it again")
     try:
         index: Index = loads(path.read_bytes())
         check(index, INDEX_RULES, INDEX)
@@ -208,19 +217,23 @@ def _index(bundle: Bundle) -> Index:
     for name, place in index.items():
         end = place["offset"] + prod(place["shape"]) * BYTES[place["dtype"]]
         if end > files.get(place["file"], 0):
-            raise NbpError(f"{path}: {name} ends at byte {end} of {place['file']}, of which the bundle has fewer")
+            raise NbpError(
+                f"{path}: {name} ends at byte {end}, which is beyond the end of {place['file']} in the bundle: "
+                "export it again"
+            )
     return index
 
 
-def _mapped(folder: Path, place: Mapping[str, Any]) -> Tensor:
-    bits = f"i{BYTES[place['dtype']]}"  # numpy has no bf16; and mode c, because torch wants to be able to write
+def _read_tensor(folder: Path, place: Mapping[str, Any]) -> Tensor:
+    bits = f"i{BYTES[place['dtype']]}"  # numpy has no bf16
+    # Mode c (copy on write) makes the array writable, as torch requires.
     data = np.memmap(folder / place["file"], bits, "c", place["offset"], tuple(place["shape"]))
     stored = torch.from_numpy(data).view(TORCH_DTYPES[place["dtype"]])
     return stored.T if place["transposed"] else stored
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    """The same memory as bytes; a copy only where it is not contiguous, by torch, which transposes faster."""
+    """Return an array's memory as bytes. One that is not contiguous is copied by torch, which is faster than numpy."""
     if not array.flags.c_contiguous:
         array = torch.from_numpy(array.view(f"i{array.itemsize}")).contiguous().numpy()
     return array.reshape(-1).view(np.uint8).data

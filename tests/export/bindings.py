@@ -1,4 +1,4 @@
-"""What TensorRT's Python bindings have, by class: members and signatures. The libraries need not be there."""
+"""Lists the members of TensorRT's Python bindings with their signatures. The native libraries are not needed."""
 
 import ast
 import importlib
@@ -12,15 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
-# By class, and by "" for the module, the signatures of each member: "(a, b=...) -> Class", or "-> Class" of a property.
+# Class name ("" for the module) → member → signatures, as in "(a, b=...) -> Class", or "-> Class" for a property.
 Api = dict[str, dict[str, list[str]]]
 
 
 def api(package: str) -> Api:
-    """What a package of bindings has, which is imported."""
+    """Import a package of bindings, and return its members."""
     module = importlib.import_module(package)
     owners = {"": module} | {name: member for name, member in vars(module).items() if isinstance(member, type)}
-    owners["ILogger.Severity"] = module.ILogger.Severity  # the only one within another
+    owners["ILogger.Severity"] = module.ILogger.Severity  # the only class that is nested in another class
     return {
         name: {
             member: signatures(value, owner)
@@ -32,10 +32,10 @@ def api(package: str) -> Api:
 
 
 def signatures(member: object, owner: object) -> list[str]:
-    """What the bindings' documentation gives, without self and the types of arguments."""
+    """Return the signatures in a member's docstring, without self and the types of arguments."""
     if isinstance(member, property):
         made = re.findall(r"(-> .+)$", member.fget.__doc__ or "", re.M) if member.fget else []
-    elif isinstance(owner, type) and isinstance(member, owner):  # an enum's
+    elif isinstance(owner, type) and isinstance(member, owner):  # a member of an enum
         made = [f"-> {owner.__qualname__}"]
     elif isinstance(member, type):
         documented = member.__init__.__doc__  # type: ignore[misc]
@@ -43,27 +43,27 @@ def signatures(member: object, owner: object) -> list[str]:
         made = [f"{arguments} -> {member.__qualname__}" for arguments in constructors or [""]]
     else:
         made = re.findall(r"^(?:\d+\. )?\w+(\(.*\) -> .+)$", member.__doc__ or "", re.M)
-    # Bare class names; the values of defaults are no syntax.
+    # Reduce class names to their last part. The printed default values are not valid Python, so they are replaced.
     texts = (re.sub(r"\b([a-z]\w*(\.|::))+", "", re.sub("<.*?>", "...", text)).strip() for text in made)
     return [untyped(text) if text.startswith("(") else text for text in texts]
 
 
 def untyped(signature: str) -> str:
-    """A signature without self and the types of arguments; as it is if it is not Python's."""
+    """Return a signature without self and the types of arguments; unchanged if it is not valid Python."""
     with suppress(SyntaxError):
         function = ast.parse(f"def _{signature}: ...").body[0]
         assert isinstance(function, ast.FunctionDef)
         arguments = function.args
         optional = len(arguments.args) - len(arguments.defaults)
-        names = [f"{given.arg}{'=...' * (i >= optional)}" for i, given in enumerate(arguments.args)]
+        names = [f"{argument.arg}{'=...' * (i >= optional)}" for i, argument in enumerate(arguments.args)]
         return f"({', '.join(names[names[:1] == ['self'] :])}){signature[signature.rindex(' -> ') :]}"
     return signature
 
 
 def api_without_libraries(package: str, folder: Path) -> Api:
-    """What a package of bindings has whose libraries are not there; stand-ins for them are left in a folder.
+    """Return the members of a package of bindings whose native libraries are missing.
 
-    A process of its own imports it, so that nothing else ever meets the stand-ins.
+    A separate process imports the package with stand-ins for the libraries, which are written to a folder.
     """
     spec = importlib.util.find_spec(package)
     assert spec
@@ -80,10 +80,10 @@ def api_without_libraries(package: str, folder: Path) -> Api:
 
 
 def stand_ins(bindings: Path, folder: Path) -> None:
-    """Libraries under the names that the bindings need, with the functions that they need; none does a thing."""
+    """Compile libraries that have the names and functions which the bindings need; the functions do nothing."""
     reader = ["readelf", "-dW", "--dyn-syms", str(bindings)]
     table = subprocess.run(reader, capture_output=True, text=True, check=True).stdout
-    functions = re.findall(r"FUNC +GLOBAL DEFAULT +UND (\w+)$", table, re.M)  # the C library's have versions
+    functions = re.findall(r"FUNC +GLOBAL DEFAULT +UND (\w+)$", table, re.M)  # functions of the C library have versions
     first, *others = re.findall(r"NEEDED.*\[(libnv.+)\]", table)
     source = "".join(f"void *{name}(void) {{ return 0; }}\n" for name in functions)
     compiler = ["cc", "-shared", "-fPIC", "-nostdlib", "-o", folder / first, "-x", "c", "-"]

@@ -1,4 +1,4 @@
-"""Exports that several tests look at: each is made once, on first use."""
+"""Fixtures with exported bundles that several tests share. Each bundle is exported once, on first use."""
 
 import shutil
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Exporter = Callable[..., Exported]
 
 @pytest.fixture(scope="session")
 def exported(shared: Shared) -> Exporter:
-    """`exported(block, dtype="fp32", batch=1, tokenizer=False, latent=(5, 4, 4), one_graph=False)`, made once each."""
+    """A function that exports the small model, once for each set of arguments, and returns the bundle and the model."""
 
     @cache
     def make(

@@ -1,4 +1,4 @@
-"""Small models to export, and ONNX Runtime driven by hand, without any of our own session code."""
+"""Small models to export, and generation in plain ONNX Runtime, without our own session code."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,14 +29,14 @@ GARBAGE = 3000.0  # finite in half precision
 
 
 class Exported(NamedTuple):
-    """A bundle and the model it was made from: fp32, with weights rounded to the bundle's dtype."""
+    """A bundle and its model, which is in fp32 with weights rounded to the bundle's dtype."""
 
     bundle: Bundle
     source: Source
 
 
 def source(block: str, tokenizer: bool = False, latent: tuple[int, int, int] = (5, 4, 4)) -> Source:
-    """A small model whose logits are well spread; two latent frames are given."""
+    """Return a small model with widely spread logits and two given latent frames."""
     config = ModelConfig(
         2, width=64, heads=2, vocab=125, positions=80, latent=Latent(*latent), block=BlockShape(1, 1, 1)
     )
@@ -46,7 +46,7 @@ def source(block: str, tokenizer: bool = False, latent: tuple[int, int, int] = (
 
 
 def resealed(bundle: Bundle) -> Bundle:
-    """The bundle as its files are now, under a manifest that describes them."""
+    """Update a bundle's manifest to the present content of its files, and return the bundle."""
     files = tuple(File.of(bundle.path / file.path) for file in bundle.manifest.files)
     content = replace(bundle.manifest, files=files).to_bytes()
     (bundle.path / MANIFEST).write_bytes(content)
@@ -54,12 +54,12 @@ def resealed(bundle: Bundle) -> Bundle:
 
 
 def by_hand(bundle: Bundle, graph: str) -> ort.InferenceSession:
-    """A graph in ONNX Runtime as anybody would open it."""
+    """Open a graph in ONNX Runtime with default settings."""
     return ort.InferenceSession(str(bundle.graph_file(graph)), providers=["CPUExecutionProvider"])
 
 
 def rubbish(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Caches full of large finite numbers."""
+    """Return caches full of large finite numbers."""
     rng = np.random.default_rng(11)
     spec = bundle.manifest.spec
     shape = (spec.batch, spec.heads, spec.capacity, spec.head_dim)
@@ -72,20 +72,20 @@ def rubbish(bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 def traced_once(traced: Callable[..., ir.Model] = trace) -> Callable[..., ir.Model]:
-    """In place of `trace`, for one and the same model throughout: each of its graphs is traced once."""
-    known: dict[tuple[GraphSpec, bool], bytes] = {}
+    """Return a replacement for `trace` that traces each graph once. It may be used only with one model."""
+    traces: dict[tuple[GraphSpec, bool], bytes] = {}
 
     def trace_or_read(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> ir.Model:
-        if (spec, free_tokens) not in known:
+        if (spec, free_tokens) not in traces:
             graph = ir.to_proto(traced(module, spec, free_tokens))
-            known[spec, free_tokens] = graph.SerializeToString()
-        return ir.from_proto(onnx.load_from_string(known[spec, free_tokens]))
+            traces[spec, free_tokens] = graph.SerializeToString()
+        return ir.from_proto(onnx.load_from_string(traces[spec, free_tokens]))
 
     return trace_or_read
 
 
 class HandDriven:
-    """The block loop in plain calls, the caches handed from one call to the next as arrays."""
+    """The block loop as plain calls of ONNX Runtime; the caches are passed from call to call as arrays."""
 
     def __init__(self, bundle: Bundle, *graphs: str) -> None:
         self.spec = bundle.manifest.spec
@@ -93,15 +93,15 @@ class HandDriven:
         self.caches = rubbish(bundle)
 
     def call(self, graph: str, tokens: np.ndarray, position: int) -> np.ndarray:
-        """Logits [B,L,V]."""
+        """Run a graph, and return its logits [B,L,V]."""
         feeds: dict[str, Any] = {"tokens": tokens, "cache_pos": np.full(len(tokens), position), **self.caches}
         session = self.graphs[graph]
-        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
-        self.caches = {name: found[f"{name}_out"] for name in self.caches}
-        return np.asarray(found["logits"])
+        outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+        self.caches = {name: outputs[f"{name}_out"] for name in self.caches}
+        return np.asarray(outputs["logits"])
 
     def greedy(self, condition: np.ndarray) -> np.ndarray:
-        """The continuation [B,predicted] in block order, of a condition [B,P] in block order."""
+        """Return the greedy continuation [B,predicted] of a condition [B,P], both in block order."""
         blocks = [self.call("prefill", condition, 0).argmax(-1)]
         position = condition.shape[1]
         while position < self.spec.capacity:
@@ -111,7 +111,7 @@ class HandDriven:
 
 
 class Continuation(NamedTuple):
-    """What the reference generates: tokens [B,predicted] in block order, and its closest decision."""
+    """Tokens [B,predicted] in block order, and the smallest margin between the two largest logits of a position."""
 
     tokens: np.ndarray
     margin: float
@@ -119,7 +119,7 @@ class Continuation(NamedTuple):
 
 @torch.inference_mode()
 def greedy_reference(generator: NextBlockTransformer, condition: np.ndarray) -> Continuation:
-    """The reference's greedy continuation; margin is the least lead of a chosen logit over the next."""
+    """Return the reference's greedy continuation."""
     k, v = generator.empty_caches(len(condition))
     tokens, position, blocks, margin = torch.from_numpy(condition), 0, [], np.inf
     while True:

@@ -1,4 +1,4 @@
-"""Exported graphs in plain ONNX Runtime against the reference's generation, token for token."""
+"""Generation with exported graphs equals the reference's generation, token for token."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from nbp_reference.sampling import sample
 from tests.export.support import Exported, HandDriven, by_hand, greedy_reference
 
 Exporter = Callable[..., Exported]
-# Single tokens, part of a row, a square, a whole frame, blocks over two frames, and all of the prediction.
+# Blocks of one token, a part of a row, a square, a whole frame, two frames, and the whole prediction.
 CASES: list[dict[str, Any]] = [
     {"block": "1x1x1"},
     {"block": "1x1x4", "tokenizer": True},
@@ -32,15 +32,15 @@ each = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str,
 
 
 def clear_case(made: Exported) -> tuple[np.ndarray, np.ndarray]:
-    """A condition and its continuation without close calls: else a rounding error could decide, on some machine."""
+    """Return a condition and its continuation with wide margins, so that rounding errors cannot change a token."""
     spec = made.bundle.manifest.spec
     for seed in range(100):
         condition = np.random.default_rng(seed).integers(0, spec.vocab, (spec.batch, spec.condition_tokens))
         continuation = greedy_reference(made.source.generator, condition)
-        varied = np.unique(continuation.tokens).size >= 12  # one that repeats itself would prove little
+        varied = np.unique(continuation.tokens).size >= 12  # a repetitive continuation would prove little
         if varied and continuation.margin > (0.02 if spec.dtype == "fp16" else 1e-3):
             return condition, continuation.tokens
-    raise AssertionError("no such condition")
+    raise AssertionError("no seed gives such a condition")
 
 
 @each
@@ -58,7 +58,7 @@ def test_our_session_and_loop_generate_the_same(case: dict[str, Any], exported: 
     raster = np.empty((spec.batch, spec.clip_tokens), np.int64)
     raster[:, spec.block_order()] = np.concatenate([condition, expected], axis=1)
     with OrtSession(made.bundle, OpenOptions(threads=1)) as session:
-        for _ in range(2):  # the second clip finds the first one's caches
+        for _ in range(2):  # the second clip starts with the caches of the first
             for clip in Generator(session, GREEDY).blocks(raster[:, : spec.condition_tokens]):
                 found = clip
             assert np.array_equal(found, raster)
@@ -93,7 +93,7 @@ def test_sampled_generation_is_the_references(case: dict[str, Any], exported: Ex
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[6]], ids=["fp32", "fp16"])
 @torch.inference_mode()
-def test_rows_of_a_batch_may_stand_at_different_positions(case: dict[str, Any], exported: Exporter) -> None:
+def test_rows_of_a_batch_may_be_at_different_positions(case: dict[str, Any], exported: Exporter) -> None:
     made = exported(**case)
     spec, generator = made.bundle.manifest.spec, made.source.generator
     tokens = np.random.default_rng(1).integers(0, spec.vocab, (2, spec.clip_tokens))
@@ -103,7 +103,7 @@ def test_rows_of_a_batch_may_stand_at_different_positions(case: dict[str, Any], 
     first = slice(spec.condition_tokens, spec.condition_tokens + spec.block_size)
     hand.call("step", tokens[:, first], spec.condition_tokens)
     for name, cache in hand.caches.items():
-        cache[1] = row_1[name]  # one row goes one block back
+        cache[1] = row_1[name]  # the second row goes back by one block
     second = slice(first.stop, first.stop + spec.block_size)
     feeds = {
         "tokens": np.stack([tokens[0, second], tokens[1, first]]),
@@ -130,7 +130,9 @@ def test_encode_and_decode_are_the_references(case: dict[str, Any], exported: Ex
     assert found.dtype == np.int64
     assert np.unique(expected).size >= 10
     same = (found == expected).mean()
-    assert same == 1 if spec.dtype == "fp32" else same > 0.9, same  # in half precision a code may round another way
+    assert same == 1 if spec.dtype == "fp32" else same > 0.9, (
+        same
+    )  # in half precision a code may be rounded differently
     pixels = np.asarray(by_hand(made.bundle, "decode").run(["video"], {"tokens": tokens})[0])
     assert pixels.dtype == np.float32
     assert pixels.min() >= 0
@@ -139,7 +141,7 @@ def test_encode_and_decode_are_the_references(case: dict[str, Any], exported: Ex
     np.testing.assert_allclose(pixels, reference, atol=1e-2 if spec.dtype == "fp16" else 5e-5, rtol=0)
 
 
-def test_frames_in_frames_out(exported: Exporter) -> None:
+def test_prediction_from_frames_is_streamed_and_repeatable(exported: Exporter) -> None:
     made = exported(**CASES[1])
     frames = np.random.default_rng(4).uniform(size=(1, 3, 5, 16, 16)).astype(np.float32)
     with OrtSession(made.bundle, OpenOptions(threads=1)) as session:
@@ -148,5 +150,5 @@ def test_frames_in_frames_out(exported: Exporter) -> None:
         again = Generator(session, seed=7).predict(frames)
     assert whole.video.shape == (1, 3, 12, 16, 16)
     assert np.array_equal(again.video, whole.video)
-    # Frames decoded before the later tokens exist are final: the tokenizer is causal, in the exported graph too.
+    # Frames that are decoded early do not change later, because the tokenizer is causal in the exported graph too.
     assert np.array_equal(np.concatenate([clip.video for clip in streamed], axis=2), whole.video)

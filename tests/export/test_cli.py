@@ -1,4 +1,4 @@
-"""The command: what it exports, and how it refuses."""
+"""The command `nbp-export onnx`: what it exports, and what it refuses."""
 
 import re
 import shutil
@@ -37,7 +37,7 @@ def run(*args: object) -> Result:
 
 
 def refused(code: int, *args: object) -> str:
-    """The message of a command that exits with this code and no traceback."""
+    """Run a command that must exit with this code and without a traceback; return its output on one line."""
     result = run(*args)
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit)
@@ -47,13 +47,13 @@ def refused(code: int, *args: object) -> str:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is lost if a command that should be refused exports a bundle."""
+    """Change to a temporary folder, in case a command that should be refused exports a bundle."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the small model for 1x2x2 as our own files, and the golden model as the authors' checkpoint."""
+    """A folder with the small model for 1x2x2 in our format and the golden models in the authors' format."""
     folder = tmp_path_factory.mktemp("weights")
     model = source("1x2x2", tokenizer=True)
     assert model.tokenizer is not None
@@ -66,7 +66,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("size", [1, 16])
 def test_an_authors_checkpoint_generates_the_golden_tokens(size: int, weights: Path, tmp_path: Path) -> None:
-    """The whole way: the authors' file format, the command, and ONNX Runtime by hand over garbage."""
+    """From the authors' file format by the command to plain ONNX Runtime, with garbage in unused slots."""
     out = tmp_path / "bundle"
     result = run("--checkpoint", weights / f"k600_L{size}.ckpt", "--dtype", "fp32", "--out", out)
     assert result.exit_code == 0, result.output
@@ -123,7 +123,7 @@ def test_a_checkpoint_for_another_block_is_refused_unless_only_timed(weights: Pa
     assert "timing only" in manifest.provenance["note"]
 
 
-def test_an_authors_file_tells_a_blocks_size_and_takes_any_shape_of_it(weights: Path) -> None:
+def test_an_authors_file_fixes_the_block_size_but_not_the_shape(weights: Path) -> None:
     file = weights / "k600_L16.ckpt"
     for block in (None, "16", "1x1x16", "1x4x4"):
         found = find(Request(checkpoint=file, block=block))
@@ -132,7 +132,7 @@ def test_an_authors_file_tells_a_blocks_size_and_takes_any_shape_of_it(weights: 
     assert "trained for block 1x1x16, not 1x1x8" in refused(2, "--checkpoint", file, "--block", 8)
 
 
-def test_our_own_file_tells_a_blocks_shape_under_any_name(weights: Path, tmp_path: Path) -> None:
+def test_our_own_file_fixes_the_block_shape_under_any_name(weights: Path, tmp_path: Path) -> None:
     shutil.copy(weights / "small.safetensors", tmp_path / "small.ckpt")
     assert "trained for block 1x2x2, not 1x1x4" in refused(
         2, "--checkpoint", tmp_path / "small.ckpt", "--block", "1x1x4"
@@ -195,16 +195,16 @@ def test_a_block_that_does_not_tile_lists_those_that_do(block: str) -> None:
 
 
 @pytest.mark.parametrize("block", ["banana", "0", "1x16", "24"])
-def test_a_block_that_is_none(block: str) -> None:
+def test_an_invalid_block(block: str) -> None:
     assert "block" in refused(2, "--model", "nbp-tiny", "--weights", "random", "--block", block)
 
 
-def test_files_that_are_something_else(weights: Path, tmp_path: Path) -> None:
+def test_files_with_other_content(weights: Path, tmp_path: Path) -> None:
     generator, tokenizer = weights / "small.safetensors", weights / "tokenizer.safetensors"
     assert "holds only a tokenizer" in refused(2, "--checkpoint", tokenizer)
     assert "holds no tokenizer" in refused(2, "--checkpoint", generator, "--tokenizer", generator)
     message = refused(2, "--checkpoint", weights / "k600_L16.ckpt", "--tokenizer", tokenizer)
-    assert "the tokenizer has 125 codes, the generator 320 for video" in message
+    assert "the tokenizer has 125 codes but the generator has 320 video ids" in message
     assert "nowhere.ckpt is neither a file nor a Hub id" in refused(1, "--checkpoint", tmp_path / "nowhere.ckpt")
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     assert "junk.ckpt" in refused(1, "--checkpoint", tmp_path / "junk.ckpt")
@@ -262,7 +262,7 @@ def test_a_path_is_printed_where_there_is_an_output(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("option", [("--batch", 0), ("--dtype", "fp8"), ("--weights", "good"), ("--blocks", 16)])
-def test_options_that_are_none(option: tuple[str, object]) -> None:
+def test_invalid_options(option: tuple[str, object]) -> None:
     assert str(option[0]) in refused(2, *option)
 
 
@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_made(weights: Path, tmp_path: Path) -> None:
     assert "choose another --out" in message
 
 
-def test_a_refusal_as_a_user_sees_it(tmp_path: Path) -> None:
+def test_a_refused_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     paths = [str(ROOT / home) for home in (".", "reference", "engines")]
     code = f"import sys; sys.path[:0] = {paths}; from nbp_export.cli import main; main()"
     command = [sys.executable, "-c", code, "onnx", "--model", "nbp-xl"]
@@ -283,17 +283,17 @@ def test_a_refusal_as_a_user_sees_it(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_missing_extras_are_one_line_and_their_command_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_missing_extras_are_one_line_and_the_command_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[str] = []
 
     def nothing(name: str, package: str | None = None) -> ModuleSpec | None:  # noqa: ARG001
-        asked.append(name)
+        requested.append(name)
         return None
 
     monkeypatch.setattr(_extras, "find_spec", nothing)
     message = refused(1, "--model", "nbp-tiny", "--weights", "random")
-    assert "torch" in asked
-    assert f"{', '.join(dict.fromkeys(asked))} missing: pip install 'nbp-export[export,cpu]'" in message
+    assert "torch" in requested
+    assert f"{', '.join(dict.fromkeys(requested))} missing: pip install 'nbp-export[export,cpu]'" in message
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    brought = {re.split(r"[<>=\[ ]", line)[0] for line in extras["export"] + extras["cpu"]}
-    assert set(asked) <= brought
+    installed = {re.split(r"[<>=\[ ]", line)[0] for line in extras["export"] + extras["cpu"]}
+    assert set(requested) <= installed

@@ -1,4 +1,4 @@
-"""What lies in an exported bundle, and what must not."""
+"""The content of an exported bundle."""
 
 import json
 import sys
@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(params=["fp32", "fp16"])
 def full(request: pytest.FixtureRequest, exported: Exporter) -> Exported:
-    """With a tokenizer; the batch is what other tests export too."""
+    """A bundle with a tokenizer; its batch is one that other tests also export."""
     return exported("1x1x4", dtype=request.param, batch=1 if request.param == "fp32" else 2, tokenizer=True)
 
 
 def graphs(bundle: Bundle) -> Iterator[tuple[str, ModelProto]]:
-    """The graphs with their weights."""
+    """Yield the graphs by name, with their weights."""
     for name in bundle.manifest.graphs:
         yield name, onnx.load(bundle.graph_file(name))
 
@@ -47,7 +47,7 @@ def test_the_files_are_the_documented_ones(full: Exported) -> None:
     }
 
 
-def test_without_a_tokenizer_there_are_the_generators_graphs_alone(exported: Exporter) -> None:
+def test_without_a_tokenizer_there_are_only_the_generators_graphs(exported: Exporter) -> None:
     bundle = exported("1x2x2", batch=2).bundle
     found = {path.name for path in bundle.path.iterdir()}
     described = {"manifest.json", "receipt.json", "trace.json", "weights.json"}
@@ -62,7 +62,9 @@ def test_prefill_and_step_share_one_copy_of_the_weights(full: Exported) -> None:
     weights = sum(p.numel() for p in generator.parameters()) * bytes_each
     size = (full.bundle.path / "generator.data").stat().st_size
     tensors = len(list(generator.parameters()))
-    assert weights * 0.95 < size < weights + tensors * 4096  # each begins on a page; the smallest are in the graphs
+    assert (
+        weights * 0.95 < size < weights + tensors * 4096
+    )  # each tensor begins on a page; the smallest ones are in the graphs
     external: dict[str, set[tuple[str, ...]]] = {}
     for name in ("prefill", "step"):
         model = onnx.load(full.bundle.graph_file(name), load_external_data=False)
@@ -71,7 +73,7 @@ def test_prefill_and_step_share_one_copy_of_the_weights(full: Exported) -> None:
         assert sum(int(e["length"]) for e in stored) > 0.9 * weights
         assert {e["location"] for e in stored} == {"generator.data"}
         assert full.bundle.graph_file(name).stat().st_size < 60_000
-    # All of the weights that step reads are prefill's; what differs are constants, such as the numbers of its rows.
+    # All external tensors of step are also prefill's. The graphs differ only in constants, such as row numbers.
     assert len(external["prefill"] & external["step"]) == len(external["step"])
 
 
@@ -110,15 +112,15 @@ def test_each_layer_writes_its_caches_once_and_attends_once(full: Exported) -> N
         read = [tuple(node.input[1:3]) for node in attentions]
         assert read == [(f"k_cache_{layer}_out", f"v_cache_{layer}_out") for layer in range(layers)]
         assert all(len(node.input) == 4 and node.input[3] for node in attentions)
-        # One mask for all layers, not one each.
+        # All layers share one mask.
         assert len({node.input[3] for node in attentions}) == 1
 
 
-def test_no_trace_of_this_machine_and_no_notes_of_the_exporter(full: Exported) -> None:
+def test_no_paths_of_this_machine_and_no_metadata_of_the_exporter(full: Exported) -> None:
     folders = {ROOT, Path.home(), Path(sys.prefix), full.bundle.path.parent} - {Path("/")}
     marks = [f"{folder}/".encode() for folder in folders]
     marks += [b"site-packages", b"Traceback", b"stack_trace", b"pkg.torch", b"nbp_reference/", b".py"]
-    files = [path for path in full.bundle.path.iterdir() if path.suffix != ".data"]  # those hold numbers alone
+    files = [path for path in full.bundle.path.iterdir() if path.suffix != ".data"]  # data files hold only numbers
     assert len(files) == 8
     for path in files:
         content = path.read_bytes()
@@ -142,7 +144,7 @@ def test_the_manifest_describes_the_source(full: Exported) -> None:
     assert manifest.provenance["note"] == full.source.note
     assert manifest.runtime == "ort-cpu"
     assert set(manifest.versions) == set(TOOLS)
-    if manifest.spec.dtype == "fp32":  # fp16 rounds the weights; the digest is of those that were given
+    if manifest.spec.dtype == "fp32":  # the digest is of the weights before they are rounded to fp16
         assert manifest.model["weights_sha256"] == weights_sha256(full.source.generator, full.source.tokenizer)
 
 
@@ -160,7 +162,7 @@ def test_the_receipt_proves_every_graph(full: Exported) -> None:
         if check["where"].startswith("logits"):
             dtype = "fp32" if check["at"].endswith("in fp32 arithmetic") else full.bundle.manifest.spec.dtype
             assert check["tolerance"] == TOLERANCE[dtype]
-    # Steps at the first, a middle and the last position, there with sharpened caches too; logits and every cache.
+    # Steps are checked at the first, a middle and the last position, and there with sharpened caches too.
     steps = (check["at"] for check in receipt["checks"] if check["graph"] == "step")
     places = {at for at in steps if not at.startswith("trace")}
     if full.bundle.manifest.spec.dtype == "fp32":
@@ -170,10 +172,10 @@ def test_the_receipt_proves_every_graph(full: Exported) -> None:
         sharpened = "cache_pos [72, 68], sharpened"
         assert places == {*random, sharpened, f"{sharpened}, in fp32 arithmetic"}
     for place in places:
-        what = [check["where"].split("[")[0] for check in receipt["checks"] if check["at"] == place]
-        assert "logits" in what
+        outputs = [check["where"].split("[")[0] for check in receipt["checks"] if check["at"] == place]
+        assert "logits" in outputs
         for layer in range(2):
-            assert {f"k_cache_{layer}_out", f"v_cache_{layer}_out outside the block"} <= set(what)
+            assert {f"k_cache_{layer}_out", f"v_cache_{layer}_out outside the block"} <= set(outputs)
 
 
 def test_no_temporary_folder_is_left(full: Exported) -> None:

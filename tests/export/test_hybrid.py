@@ -1,4 +1,4 @@
-"""Class-conditional bundles: text first, then the first block token by token, then block by block."""
+"""Class-conditional bundles: prefill of the text, the first block token by token, then block by block."""
 
 from pathlib import Path
 
@@ -28,14 +28,14 @@ from tests.support import filled, golden, golden_hybrid
 
 @pytest.fixture(scope="module")
 def authors(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The authors' golden model, exported."""
+    """The bundle of the golden model that the authors' code computed with."""
     return export(
         Source("ucf", golden_hybrid(), None, True, "golden"), tmp_path_factory.mktemp("golden") / "bundle", "fp32"
     )
 
 
 def small(block: BlockShape) -> Source:
-    """A hybrid of a 5x4x4 latent that is told three words."""
+    """Return a small hybrid with a latent of 5x4x4 and a text of three tokens."""
     text = TextCondition(tokens=3, vocab=3, words=("", "ball", "city"))
     config = ModelConfig(2, 64, 2, block.size + 3 + 125, 83, Latent(5, 4, 4), 0, block, text)
     return Source("small", filled(NextBlockTransformer(config)), filled(VideoTokenizer(TOKENIZER)), True, "a test's")
@@ -50,7 +50,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_the_authors_greedy_tokens_by_hand(authors: Bundle) -> None:
-    """Plain ONNX Runtime, garbage in every unused slot, caches handed on as arrays."""
+    """Plain ONNX Runtime, with garbage in every unused slot."""
     case = golden("ucf_L4")
     hand = HandDriven(authors, "prefill", "step_1", "step")
     hand.call("prefill", case["text"].numpy().astype(np.int64) + 4, 0)
@@ -74,7 +74,7 @@ def test_the_authors_greedy_tokens_by_our_loop(authors: Bundle) -> None:
         assert sum(stage == "step" for stage, _ in timeline.spans) == case["steps"] == session.spec.steps
         codes = session.spec.codes(found)
     shifted = case["greedy"].numpy() - 64
-    assert (shifted < 0).any(), "a case without ids that are no video would not test the clamp"
+    assert (shifted < 0).any(), "without ids that are not video ids, the case would not test the clamp"
     assert np.array_equal(codes, shifted.clip(0, 199))
 
 
@@ -128,8 +128,8 @@ def test_sampled_clips_are_the_references(made: tuple[Bundle, Source]) -> None:
     expected[:, spec.block_order()] = (torch.cat(ids, 1).numpy() - spec.code_shift).clip(0, 124)
     assert np.array_equal(clip.tokens, expected)
     assert source.tokenizer is not None
-    due = source.tokenizer.decode(torch.from_numpy(expected), (5, 4, 4)).numpy()
-    np.testing.assert_allclose(clip.video, due, atol=5e-5, rtol=0)
+    video = source.tokenizer.decode(torch.from_numpy(expected), (5, 4, 4)).numpy()
+    np.testing.assert_allclose(clip.video, video, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,6 @@ def test_a_checkpoints_block_size_is_fixed_by_its_special_tokens(tmp_path: Path)
     command = ["onnx", "--checkpoint", str(tmp_path / "ucf.safetensors"), "--timing-only", "--out", str(tmp_path / "b")]
     done = CliRunner().invoke(main, [*command, "--block", "1x1x8"])
     assert done.exit_code == 2
-    assert "4 of its token ids begin a video" in done.output
+    assert "has 4 special tokens that begin a video" in done.output
     assert "--block 1x1x4" in done.output
     assert not (tmp_path / "b").exists()

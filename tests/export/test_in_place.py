@@ -1,4 +1,4 @@
-"""The caches are written in place: ONNX Runtime itself says so, by what it does not warn about."""
+"""The caches are updated in place; otherwise ONNX Runtime would print a warning."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ with open_session(sys.argv[1]) as session:
     steps = sum(1 for _ in Generator(session).blocks(condition))
     print(steps, "torch" in sys.modules)
 """
-# The same calls with an output buffer of their own for every cache.
+# A call with a separate output buffer for every cache.
 SEPARATE = """
 import sys
 import numpy as np
@@ -45,7 +45,7 @@ session.run(None, inputs)
 
 
 def run(code: str, bundle: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter, whose ONNX Runtime logs as it does by default."""
+    """Run code in a new interpreter, in which ONNX Runtime logs with its default settings."""
     paths = f"import sys; sys.path[:0] = {[str(ROOT / 'engines')]}\n"
     return subprocess.run([sys.executable, "-c", paths + code, bundle], capture_output=True, text=True, check=True)
 
@@ -56,7 +56,7 @@ def test_the_runtime_warns_about_separate_buffers_and_not_about_ours(dtype: str,
     done = run(OURS, bundle.path)
     assert done.stdout.split() == ["12", "False"]
     assert WARNING not in done.stderr
-    # The warning is there to be seen: with other buffers, once for each cache.
+    # As a control: with separate buffers, the warning appears once for each cache.
     assert run(SEPARATE, bundle.path).stderr.count(WARNING) == 2 * bundle.manifest.spec.layers
 
 

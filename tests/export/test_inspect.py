@@ -1,4 +1,4 @@
-"""What `nbp-export inspect` tells is what there is."""
+"""`nbp-export inspect` describes the actual content of a bundle."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def run(*args: object) -> Result:
 
 
 def words(result: Result) -> str:
-    """What was printed, however it was laid out."""
+    """Return the printed words, separated by single spaces."""
     return " ".join(result.stdout.split())
 
 
@@ -61,8 +61,8 @@ def test_the_buffers_are_those_that_a_session_allocates(full: Bundle) -> None:
 
 
 def test_files_and_the_graphs_that_share_them(full: Bundle) -> None:
-    told = inspect.describe(full)
-    files = {file["path"]: file for file in told["files"]}
+    summary = inspect.describe(full)
+    files = {file["path"]: file for file in summary["files"]}
     assert set(files) == {p.name for p in full.path.iterdir()} - {MANIFEST, RECEIPT}
     assert all(file["size"] == (full.path / path).stat().st_size for path, file in files.items())
     assert files["generator.data"]["graphs"] == ["prefill", "step"]
@@ -71,7 +71,7 @@ def test_files_and_the_graphs_that_share_them(full: Bundle) -> None:
         **{f"{name}.data": [name] for name in ("encode", "decode")},
     }
     data = [path for path in files if path.endswith(".data")]
-    assert told["memory"]["weights_on_disk"] == sum(files[path]["size"] for path in data)
+    assert summary["memory"]["weights_on_disk"] == sum(files[path]["size"] for path in data)
 
 
 def test_the_page_names_everything(full: Bundle) -> None:
@@ -141,7 +141,7 @@ def test_names_are_not_taken_for_markup(toy: Path) -> None:
     assert ":smile: [link=https://example.com]here" in page
 
 
-def test_what_is_no_bundle_ends_with_one_line(toy: Path) -> None:
+def test_a_damaged_bundle_is_reported_in_one_line(toy: Path) -> None:
     (toy / "step.onnx").write_bytes(b"other")
     result = run(toy)
     assert result.exit_code == 1
@@ -160,7 +160,7 @@ def test_neither_torch_nor_onnx_is_needed(full: Bundle) -> None:
     assert "receipt valid" in done.stdout
 
 
-def test_the_memory_that_opening_takes_is_measured_in_a_process_of_its_own(full: Bundle) -> None:
+def test_memory_is_measured_in_a_separate_process(full: Bundle) -> None:
     here = bytearray(300_000_000)
     here[::4096] = b"x" * len(here[::4096])
     memory = json.loads(run(full.path, "--json", "--measure").stdout)["memory"]
@@ -184,14 +184,14 @@ def test_a_process_that_dies_while_it_opens_the_bundle(toy: Path, monkeypatch: p
         inspect.measure(toy)
 
 
-def test_a_bundle_that_no_session_opens_is_measured_as_an_error(toy: Path) -> None:
+def test_measuring_a_bundle_that_no_session_opens_is_an_error(toy: Path) -> None:
     result = run(toy, "--measure")
     assert result.exit_code == 1
     assert "refuses" in result.output
     assert "prefill.onnx" in result.output
 
 
-def test_where_the_system_does_not_tell_the_memory(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_does_not_report_memory(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect, "PROCESS", tmp_path / "nothing")
     with pytest.raises(EngineError, match="leave out --measure"):
         inspect.measure(toy)

@@ -1,4 +1,4 @@
-"""An export that is stopped leaves nothing that looks finished."""
+"""An interrupted export leaves nothing that could be taken for a bundle."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once() -> Iterator[None]:
-    """All of these exports are of one model."""
+    """All exports of this file are of the same model, so each graph is traced once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_bundle, "trace", traced_once())
         yield
@@ -62,7 +62,7 @@ def test_stopped_at_a_stage(stop: str, how: BaseException, tmp_path: Path) -> No
 
 
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the receipt the working folder is no bundle, and what a kill leaves from then on is a proven one."""
+    """The working folder becomes a bundle only when all other files, with the receipt, exist."""
     looks: list[set[str]] = []
     write = Path.write_bytes
 
@@ -79,7 +79,7 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Bundle.open(bundle.path, require_receipt=True) == bundle
 
 
-def test_what_killed_exports_left_is_removed_by_the_next_to_that_name_and_nothing_else(tmp_path: Path) -> None:
+def test_an_export_removes_only_the_working_folders_of_killed_exports_to_the_same_name(tmp_path: Path) -> None:
     left, kept = tmp_path / ".bundle.partial-abcd_123", [".other.partial-abcd_123", ".bundle.partial-notes", "bundle-2"]
     for folder in (left, *(tmp_path / name for name in kept)):
         folder.mkdir()
@@ -124,7 +124,7 @@ def test_the_first_of_two_exports_to_one_name_wins(tmp_path: Path) -> None:
     assert (tmp_path / "bundle" / "file").read_text() == "first"
 
 
-# A fresh interpreter that starts exports as children of its own, which may be killed, and looks at what they leave.
+# A new interpreter that exports in child processes, kills some of them, and reports what they leave.
 CHILDREN = """
 import json, os, shutil, signal, sys, time, warnings
 from pathlib import Path
@@ -148,7 +148,7 @@ def start(name, last_stage=None):
             os._exit(0)
     return pid
 
-# What there is beside the whole bundle: nothing, or the same, or the files of something that does not open.
+# Return "nothing", "whole" for a complete bundle, or the files of a folder that is not a bundle.
 def found():
     warnings.simplefilter("error")  # a bundle that opens without its receipt
     others = [path for path in folder.iterdir() if path.name != "whole"]
@@ -170,7 +170,7 @@ from tests.export.support import traced_once
 onnx_bundle.trace = traced_once()
 model = source("1x4x4").generator
 spec = system_spec(model.config, None, "fp32", 1)
-for name, graph in spec.generator_graphs().items():  # here, so that no child need trace them
+for name, graph in spec.generator_graphs().items():  # trace here once for all children
     onnx_bundle.trace(graph_module(spec, name, model), graph)
 
 os.waitpid(start("whole"), 0)
@@ -182,7 +182,7 @@ AT_ANY_MOMENT = """
 from nbp_export.graphs import graph_module, system_spec, trace
 model = source("1x4x4").generator
 spec = system_spec(model.config, None, "fp32", 1)
-trace(graph_module(spec, "step", model), spec.generator_graphs()["step"])  # what it imports, no child need import
+trace(graph_module(spec, "step", model), spec.generator_graphs()["step"])  # import here once for all children
 
 begin = time.monotonic()
 os.waitpid(start("whole"), 0)
@@ -205,7 +205,7 @@ assert found() == "whole"
 
 
 def what_is_left(code: str, folder: Path, shares: Iterable[float] = ()) -> list[str | list[str]]:
-    """What each killed child leaves: nothing, the whole bundle, or the names of files that are no bundle."""
+    """Return what each killed child leaves: nothing, a whole bundle, or the files of a folder that is not a bundle."""
     paths = [str(ROOT / home) for home in (".", "reference", "engines")]
     arguments = [json.dumps(argument) for argument in (paths, str(folder), list(shares))]
     command = [sys.executable, "-c", CHILDREN + code + TO_THE_END, *arguments]
@@ -232,7 +232,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "folder", "file"])
-def test_what_exists_is_refused_and_left_alone(kind: str, tmp_path: Path) -> None:
+def test_an_existing_path_is_refused_and_left_unchanged(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     if kind == "file":
         out.write_text("precious")
@@ -262,7 +262,7 @@ def test_missing_parents_are_made(tmp_path: Path) -> None:
     assert bundle.receipt() is not None
 
 
-# The command in a process of its own, whose file system is as the code before it makes it.
+# The command in a new process, after some code that prepares it.
 COMMAND = """
 import os, signal, sys
 from pathlib import Path
@@ -289,7 +289,7 @@ def commanded(before: str, folder: Path, **options: Any) -> subprocess.Completed
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_that_ends_the_command_cleans_up(name: str, tmp_path: Path) -> None:
-    again = f"os.kill(os.getpid(), signal.{name})"  # as impatient supervisors do
+    again = f"os.kill(os.getpid(), signal.{name})"  # a second signal arrives during the clean-up
     done = commanded(SIGNALLED.format(name=name, then=again), tmp_path)
     assert done.returncode == 128 + signal.Signals[name]
     assert done.stderr.splitlines()[-1] == f"Ended by {name}."
@@ -336,8 +336,8 @@ def test_the_handlers_of_the_program_around_the_command_are_left_as_they_were() 
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(share: float, message: str, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk's: the kernel refuses in the middle of a write."""
-    whole = 1_500_000  # bytes of nbp-tiny's weights in fp32, or fewer
+    """A limit on the size of files replaces a full disk: the kernel refuses in the middle of a write."""
+    whole = 1_500_000  # at most the bytes of nbp-tiny's weights in fp32
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(whole * share), resource.RLIM_INFINITY))
@@ -356,7 +356,7 @@ REFUSALS: dict[str, str] = {
 
 
 @pytest.mark.parametrize("refused", REFUSALS)
-def test_what_a_file_system_refuses_costs_no_finished_work(
+def test_an_export_succeeds_on_file_systems_without_chmod_or_rename(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -372,7 +372,7 @@ def test_what_a_file_system_refuses_costs_no_finished_work(
     assert Bundle.open(tmp_path / "bundle", require_receipt=True) == bundle
 
 
-def test_a_name_that_is_taken_meanwhile_where_folders_keep_their_names(
+def test_a_name_that_was_created_meanwhile_on_a_file_system_without_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -426,7 +426,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(
     assert "new" in (tmp_path / name).read_text()
 
 
-def test_texts_are_written_in_utf_8_wherever_it_is(tmp_path: Path) -> None:
+def test_text_is_written_in_utf_8_in_every_locale(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]\nfrom pathlib import Path\n"
         "from nbp_engines.strict import write_json, write_text\n"

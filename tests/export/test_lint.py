@@ -1,4 +1,4 @@
-"""The linter: each trap, planted into a real graph, is named; the graphs as exported are clean."""
+"""The linter reports each fault that is planted in a real graph, and nothing in graphs as they are exported."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +90,7 @@ def unused_input(model: ModelProto) -> None:
 
 
 def merged_examples(model: ModelProto) -> None:
-    """What torch.export makes of one zero tensor for both caches."""
+    """The result of torch.export if both caches share one example tensor."""
     for node in nodes(model, "TensorScatter"):
         if node.input[0] == "v_cache_1":
             node.input[0] = "k_cache_1"
@@ -137,29 +137,29 @@ def no_attention_in_one_layer(model: ModelProto) -> None:
 
 
 TRAPS: list[tuple[Change, str, str]] = [
-    (attention_input(6, "cache_pos"), "attention", "nonpad_kv_seqlen is dropped by TensorRT"),
+    (attention_input(6, "cache_pos"), "attention", "TensorRT ignores nonpad_kv_seqlen"),
     (attention_input(4, "k_cache_1"), "attention", "past and present"),
     (present_outputs, "attention", "past and present"),
-    (attention_input(3, ""), "attention", "no mask"),
+    (attention_input(3, ""), "attention", "there is no mask"),
     (attention_input(1, "v_cache_1_out"), "attention", "its k is v_cache_1_out"),
     (attention_input(2, "k_cache_1_out"), "attention", "its v is k_cache_1_out"),
-    (attention_input(1, "k_cache_1"), "attention", "its k is k_cache_1, not a written"),
+    (attention_input(1, "k_cache_1"), "attention", "its k is k_cache_1, not an updated"),
     (no_attention_in_one_layer, "attention", "1 Attention nodes for 2 layers"),
     (attribute("is_causal", 1), "attention", "is_causal"),
     (attribute("softcap", 30.0), "attention", "softcap"),
     (attribute("TRT_decomposable", 1), "attention", "TRT_decomposable makes ONNX Runtime refuse"),
     (scatter_nd, "cache_writes", "ScatterND"),
-    (a_copy_before_the_write, "cache_writes", "k_cache_1_out is not TensorScatter of the graph input k_cache_1"),
-    (a_copy_after_the_write, "cache_writes", "k_cache_0_out is not TensorScatter of the graph input k_cache_0"),
+    (a_copy_before_the_write, "cache_writes", "k_cache_1_out is not the TensorScatter of the graph input k_cache_1"),
+    (a_copy_after_the_write, "cache_writes", "k_cache_0_out is not the TensorScatter of the graph input k_cache_0"),
     (second_reader, "cache_writes", "v_cache_0 is read by 2 nodes"),
-    (attribute("axis", 1, "TensorScatter"), "cache_writes", "axis 2 and mode linear are due"),
-    (attribute("mode", "circular", "TensorScatter"), "cache_writes", "axis 2 and mode linear are due"),
+    (attribute("axis", 1, "TensorScatter"), "cache_writes", "it must have axis 2 and mode linear"),
+    (attribute("mode", "circular", "TensorScatter"), "cache_writes", "it must have axis 2 and mode linear"),
     (loop, "cache_writes", "Loop"),
-    (merged_examples, "cache_writes", "v_cache_1_out is not TensorScatter of the graph input v_cache_1"),
+    (merged_examples, "cache_writes", "v_cache_1_out is not the TensorScatter of the graph input v_cache_1"),
     (merged_examples, "signature", "input v_cache_1 is never used"),
     (unused_input, "signature", "input tokens is never used"),
     (renamed_output, "signature", "scores"),
-    (missing_output, "signature", "4 of 5"),
+    (missing_output, "signature", "there are 4 instead of 5"),
     (another_dtype, "signature", "k_cache_0"),
     (a_symbolic_batch, "signature", "tokens"),
     (opset_23, "opset", "'ai.onnx': 23"),
@@ -169,7 +169,7 @@ TRAPS: list[tuple[Change, str, str]] = [
 
 
 def complaints(folder: Path, bundle: Bundle, name: str = "step") -> list[str]:
-    """What the linter says of a graph in the folder."""
+    """Return the problems that the linter reports for a graph in the folder."""
     path = folder / f"{name}.onnx"
     with pytest.raises(LintError) as caught:
         lint.check(path, bundle.manifest.graph_specs()[name])
@@ -191,8 +191,8 @@ def test_each_trap_is_named(change: Change, rule: str, phrase: str, copied: Call
     model = onnx.load(bundle.graph_file("step"), load_external_data=False)
     change(model)
     onnx.save(model, bundle.graph_file("step"))
-    found = complaints(bundle.path, bundle)
-    assert [text for text in found if text.startswith(f"{rule}: ") and phrase in text], found
+    problems = complaints(bundle.path, bundle)
+    assert [text for text in problems if text.startswith(f"{rule}: ") and phrase in text], problems
 
 
 @pytest.mark.parametrize(("change", "phrase"), [(opset_23, "'ai.onnx': 23"), (renamed_output, "scores")])

@@ -1,4 +1,4 @@
-"""Any name that a file system takes works or is refused before the work, and no terminal obeys what is printed."""
+"""Unusual file names work or are refused at the start, and printed names contain no control characters."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def run(*args: object) -> Result:
 
 
 def assert_harmless(result: Result) -> None:
-    """Every line is one that we wrote, and none has what a terminal would obey."""
+    """Assert that there is no traceback and that no line contains control characters."""
     assert isinstance(result.exception, SystemExit | None), result.exception
     assert "Traceback" not in result.output
     for line in result.stderr.splitlines():
@@ -69,7 +69,7 @@ def assert_harmless(result: Result) -> None:
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_checkpoint_of_any_name_is_exported_from_its_folder(name: str, weights: Path, tmp_path: Path) -> None:
-    """Without --out: the bundle's folder has a name that can be typed."""
+    """Without --out, the name of the bundle's folder is easy to type."""
     Path(f"{name}.ckpt").write_bytes(weights.read_bytes())
     result = run("onnx", "--checkpoint", f"{name}.ckpt", "--dtype", "fp32")
     assert result.exit_code == 0, result.output
@@ -82,8 +82,8 @@ def test_a_checkpoint_of_any_name_is_exported_from_its_folder(name: str, weights
     bundle = Bundle.open(folder, require_receipt=True)
     assert bundle.manifest.model["name"] == printable(name)
     command = bundle.manifest.provenance["command"]
-    told = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
-    words = [os.fsdecode(word) for word in told.split(b"\0")]
+    output = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
+    words = [os.fsdecode(word) for word in output.split(b"\0")]
     again = words[words.index("--checkpoint") + 1]
     assert Path(again).samefile(f"{name}.ckpt")
     assert command in bundle.manifest.origin
@@ -103,8 +103,8 @@ def test_a_bundle_of_any_name(name: str, weights: Path) -> None:
     result = run("inspect", "--", path)
     assert_harmless(result)
     hint = result.stdout.replace("\n", "").partition("receipt missing: run `")[2].partition("` to check the bundle")[0]
-    told = subprocess.run(["bash", "-c", f"printf '%s\\0' {hint}"], capture_output=True, check=True).stdout
-    assert Path(os.fsdecode(told.split(b"\0")[2])).samefile(path)
+    output = subprocess.run(["bash", "-c", f"printf '%s\\0' {hint}"], capture_output=True, check=True).stdout
+    assert Path(os.fsdecode(output.split(b"\0")[2])).samefile(path)
     result = run("verify", "--", path)
     assert result.exit_code == 0, result.output
     assert_harmless(result)
@@ -126,7 +126,7 @@ def test_a_bundle_of_any_name(name: str, weights: Path) -> None:
     ],
     ids=ascii,
 )
-def test_a_folder_that_cannot_be_is_refused_before_anything_is_loaded(name: str, message: str) -> None:
+def test_an_impossible_folder_is_refused_before_anything_is_loaded(name: str, message: str) -> None:
     Path("there").mkdir()
     result = run("onnx", "--checkpoint", "nowhere.ckpt", "--out", name)
     assert result.exit_code == 2
@@ -154,7 +154,7 @@ def test_a_folder_that_is_not_utf_8_is_refused_where_a_bundle_was_moved_to_it(
 @pytest.mark.parametrize("name", [*NAMES, "x" * 300], ids=ascii)
 @pytest.mark.parametrize("suffix", ["", ".ckpt"])
 @pytest.mark.parametrize("content", [None, b"junk"])
-def test_what_is_no_checkpoint_is_refused_in_one_line(name: str, suffix: str, content: bytes | None) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused_in_one_line(name: str, suffix: str, content: bytes | None) -> None:
     if content and len(name) < 300:
         Path(name + suffix).write_bytes(content)
     for options in (["--checkpoint", name + suffix], ["--checkpoint", "other.ckpt", "--tokenizer", name + suffix]):
@@ -164,36 +164,36 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(name: str, suffix: str, co
         assert len([line for line in result.stderr.splitlines() if line.startswith("Error: ")]) == 1
 
 
-def test_words_are_read_back_by_a_shell() -> None:
+def test_a_shell_reads_back_the_quoted_words() -> None:
     words = [*NAMES, "", "a b", "'", '"', "\\", "\t", "\x7f", "\U0001f600", "\u200d", "é\udc80f", "\U000e0001"]
     line = command_line(*words)
     assert line == printable(line)
-    told = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True).stdout
-    assert [os.fsdecode(word) for word in told.split(b"\0")[:-1]] == words
+    output = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True).stdout
+    assert [os.fsdecode(word) for word in output.split(b"\0")[:-1]] == words
     plain = [word for word in words if word == printable(word)]
     assert shlex.split(command_line(*plain)) == plain
     assert command_line("verify", Path("-x")) == "verify ./-x"
 
 
-def test_messages_keep_their_lists_and_nothing_else_that_a_terminal_obeys() -> None:
+def test_messages_keep_lists_and_escape_control_characters() -> None:
     error = NbpError("a\nb \x1b[31m\x9b\u202e caf\udce9 \u202f é\n  first\n  second\r")
     assert error.message == str(error) == "a\\nb \\x1b[31m\\x9b\\u202e caf\\udce9 \u202f é\n  first\n  second\\r"
     assert NbpError(error.message).message == error.message
 
 
-def test_an_average_is_taken_or_mentioned() -> None:
+def test_an_ema_copy_is_loaded_or_mentioned() -> None:
     model = golden_generator("16")
     ema = {f"model_ema.transformer.{key}": value for key, value in halved(model).state_dict().items()}
     data = lightning(model)
     torch.save(data | {"state_dict": data["state_dict"] | ema}, "a.ckpt")
     torch.save(data, "plain.ckpt")
-    plain, taken = find(Request(checkpoint=Path("a.ckpt"))), find(Request(checkpoint=Path("a.ckpt"), ema=True))
+    plain, ema_model = find(Request(checkpoint=Path("a.ckpt"))), find(Request(checkpoint=Path("a.ckpt"), ema=True))
     assert plain.note == (
-        "a.ckpt, block 1x1x16; it also holds an EMA copy of its weights (model_ema.), which --ema takes"
+        "a.ckpt, block 1x1x16; it also holds an EMA copy of its weights (model_ema.), which --ema selects"
     )
-    assert taken.note == "a.ckpt, block 1x1x16, the EMA copy of its weights (model_ema.)"
-    assert torch.equal(taken.generator.head.weight, plain.generator.head.weight * 0.5)
-    assert "--ema" in taken.options
+    assert ema_model.note == "a.ckpt, block 1x1x16, the EMA copy of its weights (model_ema.)"
+    assert torch.equal(ema_model.generator.head.weight, plain.generator.head.weight * 0.5)
+    assert "--ema" in ema_model.options
     assert "--ema" not in plain.options
     for command in ("onnx", "trt"):
         assert "--ema" in run(command, "--help").stdout
@@ -202,9 +202,9 @@ def test_an_average_is_taken_or_mentioned() -> None:
     assert "plain.ckpt: it holds no EMA copy of the weights: leave out --ema" in result.stderr
     result = run("onnx", "--ema")
     assert result.exit_code == 2
-    assert "--ema takes the EMA copy that a --checkpoint holds" in result.stderr
+    assert "--ema needs a --checkpoint" in result.stderr
     result = run("onnx", "--checkpoint", "a.ckpt", "--ema", "--dtype", "fp32", "--out", "bundle")
     assert result.exit_code == 0, result.output
     manifest = json.loads(Path("bundle", "manifest.json").read_bytes())
     assert "--ema" in shlex.split(manifest["provenance"]["command"])
-    assert manifest["provenance"]["note"] == taken.note
+    assert manifest["provenance"]["note"] == ema_model.note

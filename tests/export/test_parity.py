@@ -1,4 +1,4 @@
-"""Parity is a postcondition worth having: planted faults are caught, and named with their place."""
+"""The parity checks catch planted faults, and report the graph and the place of each."""
 
 import copy
 import re
@@ -40,18 +40,18 @@ Exporter = Callable[..., Exported]
 
 def test_the_worst_element_is_found_and_shown() -> None:
     expected = np.array([[0.5, -2.0], [4.0, 1.0]])
-    found = expected + np.array([[0.0, 0.0], [0.1, -0.2]])
-    check = compare("step", "cache_pos [8]", "logits", found, expected, 0.01)
+    actual = expected + np.array([[0.0, 0.0], [0.1, -0.2]])
+    check = compare("step", "cache_pos [8]", "logits", actual, expected, 0.01)
     assert replace(check, worst=0.0) == Check("step", "cache_pos [8]", 0.01, 0.0, "logits[1, 1]: expected 1, found 0.8")
     assert check.worst == pytest.approx(0.05)
     assert not check.passed
-    assert compare("step", "", "logits", found, expected, 0.06).passed
+    assert compare("step", "", "logits", actual, expected, 0.06).passed
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_never_passes(odd: float) -> None:
-    found = np.array([0.0, odd, 0.0])
-    check = compare("step", "", "logits", found, np.zeros(3), np.finfo(float).max)
+def test_nan_and_infinity_never_pass(odd: float) -> None:
+    actual = np.array([0.0, odd, 0.0])
+    check = compare("step", "", "logits", actual, np.zeros(3), np.finfo(float).max)
     assert not check.passed
     assert check.worst == np.inf
     assert "logits[1]" in check.where
@@ -79,15 +79,15 @@ def test_steps_are_checked_at_both_ends_and_between(
     assert step_positions(replace(spec, block=block, latent=(latents, 4, 4))) == positions
 
 
-# Faults of a traced graph: changes to the module before it is traced, or to what it calls meanwhile.
+# Faults of a traced graph: changes to the module before tracing, or patches of the code that it calls.
 
 
 @contextmanager
-def mask_with(see: Callable[[Tensor, Tensor, int, int], Tensor]) -> Iterator[None]:
-    """A mask by another rule: slots [S] and queries [B,T,1], L and T → what is seen."""
+def mask_with(visible: Callable[[Tensor, Tensor, int, int], Tensor]) -> Iterator[None]:
+    """Replace the mask by a rule that maps slots [S], query positions [B,T,1], L and T to what is visible."""
 
     def mask(query_BT: Tensor, slots: int, config: ModelConfig) -> Tensor:
-        return see(torch.arange(slots), query_BT[..., None], config.block.size, query_BT.shape[1])[:, None]
+        return visible(torch.arange(slots), query_BT[..., None], config.block.size, query_BT.shape[1])[:, None]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "block_mask", mask)
@@ -103,7 +103,7 @@ def one_block_ahead(j: Tensor, q: Tensor, L: int, T: int) -> Tensor:  # noqa: AR
 
 
 def one_block_behind(j: Tensor, q: Tensor, L: int, T: int) -> Tensor:  # noqa: ARG001
-    # Slot 0 stays, so that no row is left without any.
+    # Slot 0 stays visible, because attention needs at least one slot.
     return (block_of(j, L) < block_of(q, L)) | (j == 0)
 
 
@@ -188,7 +188,7 @@ def keep(module: nn.Module) -> None:
     """No change."""
 
 
-# fault, what is patched while tracing, the graph, and a pattern of where the report must point
+# The change of the module, the patch while it is traced, the graph, and a pattern for the reported place.
 FAULTS: dict[str, tuple[Fault, Callable[[], AbstractContextManager[None]], str, str]] = {
     "mask one block ahead": (keep, lambda: mask_with(one_block_ahead), "step", "logits"),
     "mask one block behind": (keep, lambda: mask_with(one_block_behind), "step", "logits"),
@@ -211,13 +211,13 @@ FAULTS: dict[str, tuple[Fault, Callable[[], AbstractContextManager[None]], str, 
 
 
 def checked(bundle: Bundle, source: Source) -> list[Check]:
-    """The checks of every graph that the manifest lists."""
+    """Return the checks of every graph that the manifest lists."""
     checks = list(check_bundle(bundle, Reference(source.generator)))
     return checks + list(check_bundle(bundle, Reference(None, source.tokenizer)) if source.tokenizer else ())
 
 
 def caught(bundle: Bundle, made: Exported, graph: str, where: str) -> str:
-    """The report of the fault, which names the graph and where it is."""
+    """Return the message of the error, which must contain the graph and the place of the fault."""
     with pytest.raises(ParityError) as error:
         checked(bundle, made.source)
     message = error.value.message
@@ -240,14 +240,14 @@ def test_a_fault_in_a_traced_graph_is_caught(name: str, exported: Exporter, copi
     with patched(), torch.no_grad():
         traced = trace(module, bundle.manifest.graph_specs()[graph])
     ir.save(traced, bundle.graph_file(graph))
-    # Graphs before the broken one are checked by other tests.
+    # Only the broken graph is checked here.
     bundle = resealed(bundle)
     only = replace(bundle, manifest=replace(bundle.manifest, graphs={graph: f"{graph}.onnx"}))
     caught(only, made, graph, where)
 
 
-def test_the_tracing_itself_is_no_fault(exported: Exporter, copied: Callable[..., Bundle]) -> None:
-    """The control of the faults above: the same detour without one passes."""
+def test_retracing_without_a_fault_passes(exported: Exporter, copied: Callable[..., Bundle]) -> None:
+    """The control for the faults above."""
     made, bundle = exported("1x2x2", batch=2), copied("1x2x2", batch=2)
     module = graph_module(bundle.manifest.spec, "step", copy.deepcopy(made.source.generator))
     with torch.no_grad():
@@ -256,11 +256,11 @@ def test_the_tracing_itself_is_no_fault(exported: Exporter, copied: Callable[...
     assert {check.graph for check in checks} == {"prefill", "step"}
 
 
-# Valid slots that a traced step overlooks, on weights with which they hardly count but for sharpened caches.
+# Valid slots that a traced step ignores. The weights are such that only sharpened caches make them matter.
 
 
 def retraced(bundle: Bundle, dtype: str, model: NextBlockTransformer, change: Fault = keep) -> Bundle:
-    """The bundle with a step alone, traced with a change; the model keeps its weights rounded to the dtype."""
+    """Return the bundle with only the step, traced with a change; the model's weights are rounded to the dtype."""
     spec = replace(bundle.manifest.spec, dtype=dtype)
     module = graph_module(spec, "step", copy.deepcopy(model))
     model.to(TORCH_DTYPES[dtype]).float()
@@ -283,7 +283,7 @@ def retraced(bundle: Bundle, dtype: str, model: NextBlockTransformer, change: Fa
     [
         ("fp32", "cache_pos [32, 28]"),
         ("fp16", "cache_pos [72, 68], sharpened"),
-        ("bf16", "cache_pos [32, 28]"),  # in fp32 arithmetic too, on a CPU
+        ("bf16", "cache_pos [32, 28]"),  # computed in fp32 arithmetic on a CPU
     ],
 )
 def test_a_step_that_overlooks_valid_slots_is_caught(
@@ -301,7 +301,7 @@ def test_a_step_that_overlooks_valid_slots_is_caught(
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_a_step_that_sees_all_valid_slots_passes(dtype: str, copied: Callable[..., Bundle]) -> None:
-    """The control of the faults above."""
+    """The control for the faults above."""
     bundle = copied("1x2x2", batch=2)
     model = random_model("fp32", ModelConfig.from_json(bundle.manifest.model["config"]["generator"]))
     checks = list(check_bundle(retraced(bundle, dtype, model), Reference(model)))
@@ -320,7 +320,7 @@ def test_fp32_arithmetic_catches_what_fp16_rounds_away(exported: Exporter, copie
         list(check_bundle(retraced(copied("1x2x2", batch=2), "fp16", model, slightly_off), Reference(model)))
 
 
-# Faults of the file: what a slip in an exporter or a runtime's rewriting would leave.
+# Faults of the file, such as an exporter or the optimisation of a runtime could cause.
 
 
 def swap(values: dict[str, str], op: str, *inputs: int) -> Callable[[ModelProto], None]:
@@ -339,7 +339,7 @@ def updates_swapped(model: ModelProto) -> None:
 
 
 def first_rows_of_the_logits(model: ModelProto) -> None:
-    """The rows of the condition's first block instead of its last."""
+    """Select the rows of the condition's first block instead of its last."""
     slices = [n for n in model.graph.node if n.op_type == "Slice"]
     assert len(slices) == 1
     for index, value in ((1, 0), (2, 4)):
@@ -349,7 +349,7 @@ def first_rows_of_the_logits(model: ModelProto) -> None:
 
 
 def no_scale(model: ModelProto) -> None:
-    """Attention scores that are not divided by the root of the head's width."""
+    """Do not divide the attention scores by the square root of the head dim."""
     node = next(n for n in model.graph.node if n.op_type == "Attention")
     kept = [a for a in node.attribute if a.name != "scale"]
     del node.attribute[:]
@@ -388,7 +388,7 @@ def test_a_fault_in_a_file_is_caught(
 def test_swapped_cache_contents_are_caught_where_the_logits_cannot_tell(
     exported: Exporter, copied: Callable[..., Bundle]
 ) -> None:
-    """Both the writes and the attention swapped: right logits after a prefill, keys where values are due."""
+    """Updates and attention are both swapped: the logits of prefill are correct, but keys are in the value caches."""
     bundle = copied("1x2x2", batch=2)
     model = onnx.load(bundle.graph_file("prefill"), load_external_data=False)
     updates_swapped(model)
@@ -397,7 +397,7 @@ def test_swapped_cache_contents_are_caught_where_the_logits_cannot_tell(
     caught(resealed(bundle), exported("1x2x2", batch=2), "prefill", "k_cache_1_out")
 
 
-def test_whoever_reads_the_checks_is_left_in_no_other_mode(exported: Exporter) -> None:
+def test_reading_the_checks_does_not_change_the_callers_inference_mode(exported: Exporter) -> None:
     made = exported("1x2x2", batch=2)
     checks = check_bundle(made.bundle, Reference(made.source.generator))
     next(checks)
@@ -435,16 +435,16 @@ def test_an_export_that_fails_parity_leaves_nothing(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_garbage_makes_a_stale_slot_loud(
+def test_garbage_enlarges_the_error_of_a_stale_slot(
     exported: Exporter, copied: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same leak of one slot, of small numbers and of large ones."""
+    """A stale slot that is attended to gives a much larger error if unused slots hold large numbers."""
     made, bundle = exported("1x2x2", batch=2), copied("1x2x2", batch=2)
     module = graph_module(bundle.manifest.spec, "step", copy.deepcopy(made.source.generator))
     with mask_with(stale_slot), torch.no_grad():
         ir.save(trace(module, bundle.manifest.graph_specs()["step"]), bundle.graph_file("step"))
     bundle = resealed(bundle)
-    loud = float(caught(bundle, made, "step", "logits").split("(error ")[1].split()[0])
+    with_garbage = float(caught(bundle, made, "step", "logits").split("(error ")[1].split()[0])
     monkeypatch.setattr(parity, "GARBAGE", 1e-3)
-    quiet = float(caught(bundle, made, "step", "logits").split("(error ")[1].split()[0])
-    assert loud > 3 * quiet
+    without_garbage = float(caught(bundle, made, "step", "logits").split("(error ")[1].split()[0])
+    assert with_garbage > 3 * without_garbage

@@ -1,4 +1,4 @@
-"""Proving bundles on the weights that they hold: the way back to the reference, bf16, and `nbp-export verify`."""
+"""The proof of a bundle on its own weights: the index of the weights, bf16, and `nbp-export verify`."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ FULL: dict[str, Any] = {"block": "1x1x4", "tokenizer": True}
 
 
 def edited(bundle: Bundle, change: Callable[[dict[str, Any]], object]) -> Bundle:
-    """The bundle with another index of its weights."""
+    """Change the index of a bundle's weights, and update its manifest accordingly."""
     index = json.loads((bundle.path / INDEX).read_text())
     change(index)
     (bundle.path / INDEX).write_text(json.dumps(index))
@@ -45,7 +45,7 @@ def edited(bundle: Bundle, change: Callable[[dict[str, Any]], object]) -> Bundle
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_the_weights_come_back_as_they_were_rounded(dtype: str, exported: Exporter) -> None:
+def test_the_rounded_weights_are_read_back(dtype: str, exported: Exporter) -> None:
     bundle, made = exported(**FULL, dtype=dtype)
     generator, tokenizer = read_generator(bundle), read_tokenizer(bundle)
     assert tokenizer is not None
@@ -55,14 +55,17 @@ def test_the_weights_come_back_as_they_were_rounded(dtype: str, exported: Export
         for i, layer in enumerate(generator.blocks)
         for key, value in layer.state_dict().items()
     }
-    for found, due in ((state, made.generator.state_dict()), (tokenizer.state_dict(), made.tokenizer.state_dict())):
-        assert found.keys() == due.keys()
-        for key, value in found.items():
+    for actual, expected in (
+        (state, made.generator.state_dict()),
+        (tokenizer.state_dict(), made.tokenizer.state_dict()),
+    ):
+        assert actual.keys() == expected.keys()
+        for key, value in actual.items():
             assert value.dtype == torch.float32
-            assert torch.equal(value, due[key]), key
+            assert torch.equal(value, expected[key]), key
 
 
-def test_the_source_gives_its_memory_back(tmp_path: Path) -> None:
+def test_an_export_frees_the_memory_of_its_source(tmp_path: Path) -> None:
     model = source("1x4x4")
     export(model, tmp_path / "bundle", "fp32")
     assert {p.device.type for p in model.generator.parameters()} == {"meta"}
@@ -77,7 +80,7 @@ def test_a_weight_that_the_graphs_do_not_hold_fails_the_export(tmp_path: Path) -
         places = pool.index({"held": held, "small": other[0]})
         assert places["held"]["transposed"]
         assert places["held"]["shape"] == [20, 30]
-        with pytest.raises(NbpError, match=r"other \[30, 20\] is in no exported graph"):
+        with pytest.raises(NbpError, match=r"other \[30, 20\] is not in any exported graph"):
             pool.index({"other": other})
 
 
@@ -121,7 +124,7 @@ LIES = [other_file, unlisted_file, beyond_the_end, too_large, negative, unknown_
 
 
 @pytest.mark.parametrize("lie", LIES, ids=lambda f: str(f.__name__))
-def test_an_index_that_lies_is_refused(lie: Callable[[dict[str, Any]], None], copied: Copier) -> None:
+def test_a_wrong_index_is_refused(lie: Callable[[dict[str, Any]], None], copied: Copier) -> None:
     bundle = edited(copied("1x2x2", batch=2), lie)
     with pytest.raises(NbpError, match=r"weights\.json"):
         prove(bundle)
@@ -136,7 +139,7 @@ def test_weights_exchanged_in_the_index_do_not_pass(copied: Copier) -> None:
         prove(edited(copied("1x2x2", batch=2), exchange))
 
 
-def test_the_twin_of_a_bf16_graph_knows_no_bf16_but_the_stored_weights(exported: Exporter) -> None:
+def test_the_fp32_twin_of_a_bf16_graph_has_bf16_only_in_the_stored_weights(exported: Exporter) -> None:
     bundle, _ = exported(**FULL, dtype="bf16")
     for name in bundle.manifest.graphs:
         twin = onnx.load_from_string(fp32_twin(bundle.graph_file(name)))
@@ -151,7 +154,7 @@ def test_the_twin_of_a_bf16_graph_knows_no_bf16_but_the_stored_weights(exported:
         assert computing == [n.op_type for n in original.graph.node]
 
 
-def test_a_bf16_bundle_says_in_what_it_was_checked(exported: Exporter) -> None:
+def test_the_receipt_of_a_bf16_bundle_names_the_arithmetic(exported: Exporter) -> None:
     bundle, _ = exported(**FULL, dtype="bf16")
     receipt = bundle.receipt()
     assert receipt is not None
@@ -208,14 +211,14 @@ def test_verify_writes_a_new_receipt(before: str, copied: Copier) -> None:
     assert receipt == old  # the same files, the same arithmetic
 
 
-def test_verify_takes_the_receipt_of_a_bundle_that_fails(copied: Copier) -> None:
+def test_verify_removes_the_receipt_of_a_bundle_that_fails(copied: Copier) -> None:
     bundle = copied("1x2x2", batch=2)
     model = onnx.load(bundle.graph_file("step"), load_external_data=False)
     scatter = next(n for n in model.graph.node if n.op_type == "Attention")
     scatter.attribute.append(onnx.helper.make_attribute("softcap", 3.0))
     onnx.save(model, bundle.graph_file("step"))
     receipt = {**(bundle.receipt() or {}), "files": resealed(bundle).hashes()}
-    (bundle.path / RECEIPT).write_text(json.dumps(receipt))  # as valid as a forger can make it
+    (bundle.path / RECEIPT).write_text(json.dumps(receipt))  # a forged receipt that is valid
     assert Bundle.open(bundle.path).receipt() is not None
     code, output = verified(bundle.path)
     assert code == 1
@@ -265,8 +268,8 @@ def test_a_bundle_is_verified_where_it_was_moved(copied: Copier, tmp_path: Path)
     assert verified(moved)[0] == 0
 
 
-def test_rounding_is_the_dtypes(exported: Exporter) -> None:
-    """The control of the first test: what it compares with is rounded."""
+def test_the_models_of_these_tests_are_rounded(exported: Exporter) -> None:
+    """The control for the first test: the model with which it compares has rounded weights."""
     _, made = exported(**FULL, dtype="bf16")
     weight = source(**FULL).generator.head.weight
     assert isinstance(made, Source)

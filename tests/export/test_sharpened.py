@@ -1,6 +1,6 @@
-"""Sharpened caches: a step that overlooks valid slots is caught in every dtype, and a correct one passes with room.
+"""Sharpened caches: a step that ignores valid slots fails in every dtype, and a correct one passes with a margin.
 
-The steps run in PyTorch, in the dtype's own arithmetic, which ONNX Runtime's CPU kernels lack for bf16.
+The steps run in PyTorch, because ONNX Runtime's CPU kernels do not compute in bf16.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +21,14 @@ from nbp_reference import model as reference
 from nbp_reference.config import BlockShape, Latent, ModelConfig, TextCondition
 from nbp_reference.model import NextBlockTransformer
 
-Hidden = Callable[[Tensor, Tensor], Tensor]  # slots [S] and how many are valid [B,1,1,1] → those that are not seen
+Hidden = Callable[
+    [Tensor, Tensor], Tensor
+]  # maps slots [S] and the number of valid slots [B,1,1,1] to the hidden slots
 
 
 @contextmanager
 def hiding(hidden: Hidden) -> Iterator[None]:
-    """A mask that leaves out some of the slots that it should show."""
+    """Patch the mask so that it hides some valid slots."""
     whole = reference.block_mask
 
     def mask(query_BT: Tensor, slots: int, config: ModelConfig) -> Tensor:
@@ -78,17 +80,17 @@ NAMES = [getattr(hidden, "__name__", "") for hidden in OVERLOOKED[:5]] + ["the f
 
 
 class TorchGraphs:
-    """Block graphs in PyTorch, in their own dtype, that overlook some valid slots."""
+    """Block graphs in PyTorch, in their own dtype, that do not attend to some valid slots."""
 
     def __init__(self, model: NextBlockTransformer, dtype: str, hidden: Hidden, batch: int = 1) -> None:
         self.spec: SystemSpec = system_spec(model.config, None, dtype, batch)
-        own = NextBlockTransformer(model.config)
-        own.load_state_dict(model.state_dict())
-        self._module = graph_module(self.spec, "step", own)
+        copy = NextBlockTransformer(model.config)
+        copy.load_state_dict(model.state_dict())
+        self._module = graph_module(self.spec, "step", copy)
         self._hidden = hidden
         self._caches: dict[str, Tensor] = {}
 
-    def run(self, graph: str, **inputs: np.ndarray) -> Any:  # noqa: ARG002 - one module is all of them
+    def run(self, graph: str, **inputs: np.ndarray) -> Any:  # noqa: ARG002 - one module serves as all graphs
         tokens, cache_pos = (torch.from_numpy(inputs[name]) for name in ("tokens", "cache_pos"))
         with hiding(self._hidden):
             logits, *caches = self._module(tokens, cache_pos, *self._caches.values())
@@ -103,15 +105,15 @@ class TorchGraphs:
 
 
 FRAMES = ModelConfig(4, 128, 4, 125, 80, Latent(5, 4, 4), block=BlockShape(1, 1, 4))
-# Told three words, its first block token by token.
+# A hybrid with a text of three tokens.
 HYBRID = replace(FRAMES, vocab=4 + 3 + 125, positions=83, condition_latents=0, text=TextCondition(3, 3))
 
 
 def random_model(dtype: str, config: ModelConfig = FRAMES, embeddings: float = 4.0) -> NextBlockTransformer:
     """A model with near-uniform attention, weights rounded to a dtype.
 
-    They are normal with a deviation of 0.02, as GPT-2 has them before training; embeddings have another one. The larger
-    the embeddings, the less the averages of attention matter beside them.
+    The weights are normal with a standard deviation of 0.02, as in GPT-2 before training; `embeddings` is the deviation
+    of the embeddings. The larger the embeddings are, the less the averages of attention matter beside them.
     """
     model = NextBlockTransformer(config)
     model.reset(0)
@@ -136,29 +138,29 @@ each_fault = pytest.mark.parametrize("hidden", OVERLOOKED, ids=NAMES)
 
 @each_fault
 @pytest.mark.parametrize("dtype", HALVES)
-def test_only_sharpened_caches_show_in_half_precision_what_is_overlooked(dtype: str, hidden: Hidden) -> None:
-    """Every comparison on random caches passes."""
+def test_in_half_precision_only_sharpened_caches_reveal_ignored_slots(dtype: str, hidden: Hidden) -> None:
+    """All comparisons on random caches pass."""
     model = random_model(dtype)
     checks = failed(check_graph(TorchGraphs(model, dtype, hidden), "step", model, rng()))
     assert {(check.graph, check.at) for check in checks} == {("step", "cache_pos [72], sharpened")}
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_before_training_random_caches_show_a_missing_half_too(dtype: str) -> None:
-    """Embeddings as small as the other weights are outweighed by attention, even where it averages."""
+def test_with_small_embeddings_random_caches_also_reveal_a_missing_half(dtype: str) -> None:
+    """If embeddings are as small as the other weights, even the averages of attention matter."""
     model = random_model(dtype, embeddings=0.02)
     assert failed(check_step(TorchGraphs(model, dtype, all_but_the_last_half), "step", model, 72, rng()))
 
 
 @each_fault
-def test_fp32_shows_it_a_thousand_times_over(hidden: Hidden) -> None:
+def test_in_fp32_the_error_is_a_thousand_times_the_tolerance(hidden: Hidden) -> None:
     model = random_model("fp32")
     checks = failed(check_sharpened(TorchGraphs(model, "fp32", hidden), "step", model, rng()))
     assert max(check.worst for check in checks) > 1000 * TOLERANCE["fp32"]
 
 
 @pytest.mark.parametrize("block", ["1x1x1", "1x1x4", "1x4x4"])
-def test_no_slot_is_too_small_for_bf16(block: str) -> None:
+def test_bf16_reveals_every_single_slot(block: str) -> None:
     model = random_model("bf16", FRAMES.with_block(block))
     last = step_positions(system_spec(model.config, None, "bf16", 1))[-1]
     for slot in range(last):
@@ -168,7 +170,7 @@ def test_no_slot_is_too_small_for_bf16(block: str) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_a_correct_step_passes_with_room(dtype: str, batch: int) -> None:
+def test_a_correct_step_passes_with_a_margin(dtype: str, batch: int) -> None:
     model = random_model(dtype)
     checks = [*check_sharpened(TorchGraphs(model, dtype, nothing, batch), "step", model, rng())]
     assert checks
@@ -177,7 +179,7 @@ def test_a_correct_step_passes_with_room(dtype: str, batch: int) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("graph", "last"), [("step", 79), ("step_1", 6)])
-def test_a_hybrids_text_counts(graph: str, last: int, dtype: str) -> None:
+def test_ignored_text_of_a_hybrid_is_revealed(graph: str, last: int, dtype: str) -> None:
     model = random_model(dtype, HYBRID)
     assert not failed(check_graph(TorchGraphs(model, dtype, nothing), graph, model, rng()))
     for hidden in (one_slot(1), all_but_the_last_half):
@@ -198,7 +200,7 @@ def test_where_no_slot_is_valid_nothing_is_sharpened() -> None:
 def test_each_valid_slot_is_a_needle_in_one_layer() -> None:
     model = random_model("fp32", replace(FRAMES, layers=5))
     contents = [*sharpened_caches(model, torch.zeros(2, 4, dtype=torch.int64), torch.tensor([72, 68]), rng())]
-    least = torch.stack([values.abs().amin((1, 3)) for values in contents[1::2]])  # by layers, rows and slots
+    least = torch.stack([values.abs().amin((1, 3)) for values in contents[1::2]])  # by layer, row and slot
     needles = least > 5
     assert torch.equal(needles.sum(0), (torch.arange(76) < torch.tensor([[72], [68]])).long())
     assert needles.sum(2).unique().tolist() == [13, 14, 15]

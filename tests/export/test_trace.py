@@ -1,4 +1,4 @@
-"""The trace that a bundle carries: what is in it, that verify repeats it, and what is refused."""
+"""The trace of a bundle: its content, its repetition by `verify`, and the traces that are refused."""
 
 import json
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from nbp_engines.sampling import GREEDY, Sampling, sample
 from nbp_errors import NbpError
 from nbp_export.parity import TOLERANCE, ParityError
 from nbp_export.proof import verify
-from nbp_export.reach import reach
 from nbp_export.trace import TRACE, check_trace, read_trace, traced_calls
+from nbp_export.uniform_interval import uniform_interval
 from tests.export.support import Exported, resealed
 
 Exporter = Callable[..., Exported]
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 
 def edited(bundle: Bundle, change: Callable[[Json], object]) -> Bundle:
-    """The bundle with another trace, under a manifest that describes it."""
+    """Change the trace of a bundle, and update its manifest accordingly."""
     trace = json.loads((bundle.path / TRACE).read_text())
     change(trace)
     (bundle.path / TRACE).write_text(json.dumps(trace))
@@ -34,7 +34,7 @@ def edited(bundle: Bundle, change: Callable[[Json], object]) -> Bundle:
 
 
 def checked(bundle: Bundle) -> list[str]:
-    """Where each check of the trace found its worst element."""
+    """Return the description of the largest error of each check of the trace."""
     return [check.where for check in check_trace(bundle, read_trace(bundle), ORT_CPU)]
 
 
@@ -51,12 +51,12 @@ def test_every_call_is_in_the_receipt(block: str, dtype: str, batch: int, export
 
 @torch.inference_mode()
 def test_the_logits_are_those_of_the_references_full_forward(exported: Exporter) -> None:
-    """Another way to the same numbers: the whole sequence at once, without caches."""
+    """The full forward computes the same logits in one pass over the whole sequence, without caches."""
     made = exported("1x2x2", batch=2)
     trace, L = read_trace(made.bundle), 4
     order = made.bundle.manifest.spec.block_order()
-    given = np.array(trace["condition"])[:, order[:32]]
-    tokens = np.concatenate([given, *(np.array(call["drawn"]) for call in trace["calls"])], 1)
+    condition = np.array(trace["condition"])[:, order[:32]]
+    tokens = np.concatenate([condition, *(np.array(call["drawn"]) for call in trace["calls"])], 1)
     for number, call in enumerate(trace["calls"]):
         length = 32 + L * number
         assert call["tokens"] == tokens[:, slice(length - L if number else 0, length)].tolist()
@@ -126,7 +126,7 @@ LIES: list[tuple[Callable[[Json], None], str]] = [
         other_token,
         r"step\.onnx, run by ort-cpu, does not repeat trace\.json in call 1: 1 of 8 tokens differ; clip 0, row 2",
     ),
-    (other_condition, r"trace\.json: tokens of call 0 are not those that the loop feeds"),
+    (other_condition, r"trace\.json: tokens of call 0 are not those that follow from"),
     (other_logit, r"step\.onnx.* in call 2: logit \d+ of clip 1, row 3: expected"),
     (other_largest, r"step\.onnx.* in call 2: largest magnitude of the 1000 logits: expected"),
     (other_uniform, r"trace\.json: uniforms of call 1 are not those"),
@@ -163,7 +163,7 @@ IMPOSSIBLE: list[tuple[str, object, str]] = [
     ("calls.1.tokens.0.0", 125, r"trace\.calls\[1\]\.tokens\[0\]\[0\] is 125"),
     ("calls.1.drawn", None, r"trace\.calls\[1\]\.drawn is None"),
     ("calls.1.drawn.0", [1, 2, 3], r"not a list of 4"),
-    ("calls.0.uniforms.0.0", 1.0, r"not a number from 0 up and below 1"),
+    ("calls.0.uniforms.0.0", 1.0, r"not a number from 0 to below 1"),
     ("calls.0.logits.1.row", 7, r"row is 7, not 3"),
     ("calls.0.largest", -1, r"largest is -1"),
     ("vocabulary_ids.3", 0, r"vocabulary_ids\[3\] is 0"),
@@ -185,7 +185,7 @@ def test_verify_refuses_a_bundle_without_a_trace(copied: Copier) -> None:
     bundle = copied("1x2x2", batch=2)
     files = tuple(file for file in bundle.manifest.files if file.path != TRACE)
     without = resealed(replace(bundle, manifest=replace(bundle.manifest, files=files)))
-    with pytest.raises(NbpError, match=r"has no trace\.json to check it with: export it again; it was made by"):
+    with pytest.raises(NbpError, match=r"has no trace\.json, which a proof needs: export it again; it was made by"):
         verify(without.path)
     assert not (bundle.path / RECEIPT).exists()
 
@@ -201,46 +201,48 @@ def test_a_tokens_neighbour_is_refused_unless_an_allowed_error_could_give_it(
     with pytest.raises(ParityError, match=r"call 2: 1 of 8 tokens differ; clip 0, row 1: expected"):
         checked(bundle)
     monkeypatch.setitem(TOLERANCE, "fp32", 0.5)
-    assert "where an allowed error of the logits lets uniforms from" in checked(bundle)[-1]
+    assert "within the allowed error of the logits, uniforms from" in checked(bundle)[-1]
 
 
 SETTINGS = [Sampling(), Sampling(0.7, 9, 0.8), Sampling(1.3, 20, 1.0), Sampling(1, 4, 0.4)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_reach_without_an_error_is_the_tokens_interval(settings: Sampling) -> None:
+def test_without_an_error_it_is_the_interval_of_the_cumulative_distribution(settings: Sampling) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=24) * 2
     noise = np.linspace(0, 1, 4001)[:-1]
     drawn = sample(np.tile(logits, (noise.size, 1)), noise, settings)
     for token in range(24):
-        least, most = reach(logits, token, settings, 0.0)
-        own = noise[drawn == token]
-        if not own.size:
-            assert least == np.inf or most - least < 1e-3
+        lower, upper = uniform_interval(logits, token, settings, 0.0)
+        uniforms = noise[drawn == token]
+        if not uniforms.size:
+            assert lower == np.inf or upper - lower < 1e-3
             continue
-        assert least - 1e-9 <= own.min() < least + 2.6e-4
-        assert most - 2.6e-4 < own.max() <= most + 1e-9
+        assert lower - 1e-9 <= uniforms.min() < lower + 2.6e-4
+        assert upper - 2.6e-4 < uniforms.max() <= upper + 1e-9
 
 
 @pytest.mark.parametrize("settings", [*SETTINGS, GREEDY])
 @pytest.mark.parametrize("error", [1e-3, 0.05, 0.5])
-def test_no_error_moves_a_token_beyond_its_reach(settings: Sampling, error: float) -> None:
+def test_no_allowed_error_moves_a_uniform_out_of_the_interval(settings: Sampling, error: float) -> None:
     rng = np.random.default_rng(1)
     for trial in range(40):
-        logits = np.round(rng.normal(size=24) * 1.5, trial % 3)  # many equal ones, and none
+        logits = np.round(
+            rng.normal(size=24) * 1.5, trial % 3
+        )  # rounding makes many logits equal in some trials and none in others
         off = rng.choice([-1, 0, 1], (60, 24)) * error if trial % 2 else rng.uniform(-error, error, (60, 24))
         noise = rng.uniform(size=60)
         for token, u in zip(sample(logits + off, noise, settings), noise, strict=True):
-            least, most = reach(logits, int(token), settings, error)
-            assert least - 1e-12 <= u <= most + 1e-12
+            lower, upper = uniform_interval(logits, int(token), settings, error)
+            assert lower - 1e-12 <= u <= upper + 1e-12
 
 
-def test_reach_is_narrow() -> None:
-    """For a small error the interval grows by about twice the error and no more."""
+def test_the_interval_is_narrow() -> None:
+    """For a small error the interval grows by only about twice the error."""
     logits = np.random.default_rng(2).normal(size=125) * 2
     for token in np.argsort(logits)[-20:]:
-        exact, wide = (reach(logits, int(token), Sampling(), error) for error in (0.0, 1e-4))
+        exact, wide = (uniform_interval(logits, int(token), Sampling(), error) for error in (0.0, 1e-4))
         assert exact[0] - 3e-4 < wide[0] <= exact[0]
         assert exact[1] <= wide[1] < exact[1] + 3e-4
 

@@ -1,4 +1,4 @@
-"""Engines: built for real by TensorRT-RTX, which needs no GPU for that, from graphs that are proven beside them."""
+"""Bundles with TensorRT engines, which TensorRT-RTX builds in these tests. It needs no GPU for that."""
 
 import json
 import re
@@ -43,14 +43,14 @@ SM80 = Options(arch="sm80")
 
 
 def wide(block: str) -> Source:
-    """Two layers with heads of 32, which fused attention takes, on the paper's latent."""
+    """Return a model of two layers with the paper's latent and a head dim of 32, which fused attention supports."""
     config = ModelConfig(2, width=128, heads=4, vocab=200).with_block(block)
     return Source("small", filled(NextBlockTransformer(config)), None, True, "a test's model")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
-    """`built(block, dtype)`: with engines for sm80."""
+    """A function of block and dtype that returns a bundle with engines for sm80."""
 
     @cache
     def make(block: str, dtype: str) -> Bundle:
@@ -136,7 +136,7 @@ def test_all_engines_of_two_layers_at_the_papers_width(size: int, dtype: str, tm
     config = replace(MODELS["nbp-xl"], layers=2).with_block(str(size))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        # The same at every block size, and a minute to prove.
+        # The tokenizer is the same at every block size and takes a minute to prove, so it is exported once.
         tokenizer = VideoTokenizer(TOKENIZERS["official"]).eval() if size == 16 else None
     source = Source("wide", random_generator(config), tokenizer, False, "a test's model")
     bundle = export(source, tmp_path / "bundle", dtype, engines=SM80)
@@ -152,7 +152,7 @@ def test_an_unknown_architecture_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fp32_attention_is_decomposed_for_want_of_a_fused_kernel(tmp_path: Path) -> None:
+def test_fp32_attention_is_decomposed_because_there_is_no_fused_kernel(tmp_path: Path) -> None:
     bundle = export(wide("1x1x16"), tmp_path / "bundle", "fp32", engines=SM80)
     assert trt.read_builds(bundle)[0].attention == "decomposed"
     graph, uses = bundle.path / GENERATOR, [*bundle.manifest.graph_specs().values()]
@@ -160,7 +160,7 @@ def test_fp32_attention_is_decomposed_for_want_of_a_fused_kernel(tmp_path: Path)
         trt.build(graph, uses, RTX, replace(SM80, decomposed=False))
 
 
-# What a library cannot honour is refused, not ignored.
+# Options that a library does not support are errors.
 REFUSED: dict[str, tuple[list[str], str]] = {
     "another GPU": (["--arch", "sm90"], "TensorRT-RTX cannot build for sm90: choose --arch sm80, sm86, sm89, sm120"),
     "other GPUs besides": (["--hardware-compat", "ampere+"], "leave out --hardware-compat ampere+"),
@@ -171,7 +171,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_option_that_tensorrt_rtx_cannot_honour(name: str, tmp_path: Path) -> None:
+def test_an_option_that_tensorrt_rtx_does_not_support(name: str, tmp_path: Path) -> None:
     options, message = REFUSED[name]
     done = CliRunner().invoke(main, ["trt", "--builder", "rtx", "--out", str(tmp_path / "bundle"), *options])
     assert done.exit_code == 2
@@ -179,7 +179,7 @@ def test_an_option_that_tensorrt_rtx_cannot_honour(name: str, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_workspace_is_said(exported: Exporter) -> None:
+def test_too_little_workspace_is_reported(exported: Exporter) -> None:
     bundle = exported("1x2x2", dtype="fp16", batch=2, one_graph=True).bundle
     graph, uses = bundle.path / GENERATOR, [bundle.manifest.graph_specs()["step"]]
     with pytest.raises(trt.BuildError, match="increase --workspace"):
@@ -187,7 +187,7 @@ def test_too_little_workspace_is_said(exported: Exporter) -> None:
     assert trt.build(graph, uses, RTX, replace(SM80, workspace=2**30)).info.tokens == (4,)
 
 
-# Faults of a graph that its parser takes without an error.
+# Faults of a graph that TensorRT's parser accepts.
 
 
 def of_type(model: ModelProto, op: str) -> list[NodeProto]:
@@ -195,20 +195,20 @@ def of_type(model: ModelProto, op: str) -> list[NodeProto]:
 
 
 def nonpad_lengths(model: ModelProto) -> None:
-    """The valid length by the input that TensorRT drops, in place of the mask."""
+    """Replace the mask by an input for the valid length, which TensorRT ignores."""
     for node in of_type(model, "Attention"):
         node.input[3:] = ["", "", "", "cache_pos"]
 
 
 def unaliased_output(model: ModelProto) -> None:
-    """A cache that is written to a copy."""
+    """Write the update to a copy of the cache."""
     write = of_type(model, "TensorScatter")[0]
     model.graph.node.insert(0, helper.make_node("Add", [write.input[0], write.input[0]], ["copied"]))
     write.input[0] = "copied"
 
 
 def transposed_cache(model: ModelProto) -> None:
-    """A cache whose rows are not together: slots before heads, as attention has them in training."""
+    """Store a cache with slots before heads, so that the rows of a head are not contiguous."""
     write = of_type(model, "TensorScatter")[0]
     cache, output = write.input[0], write.output[0]
     for value in (*model.graph.input, *model.graph.output):
@@ -224,7 +224,7 @@ def transposed_cache(model: ModelProto) -> None:
 
 
 def outputs_swapped(model: ModelProto) -> None:
-    """Keys into the values' memory."""
+    """Write keys to the value cache."""
     first, second = of_type(model, "TensorScatter")[:2]
     first.input[0], second.input[0] = second.input[0], first.input[0]
 
@@ -251,7 +251,7 @@ def test_a_fault_is_named(
 
 
 def test_the_prefill_shortcut_is_caught_by_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT builds the mask that is right for one block and wrong for the condition; the bundle does not appear."""
+    """A mask that is correct for one block but wrong for the condition makes the export fail."""
 
     def traced(*arguments: Any, **options: Any) -> ir.Model:
         with mask_with(prefill_shortcut):
@@ -265,7 +265,7 @@ def test_the_prefill_shortcut_is_caught_by_the_proof(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-# What is left in a bundle may be changed by anybody.
+# A bundle's engines.json may have been changed.
 WRONG_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "no list": (lambda _: {}, "not a list"),
     "another file": (lambda builds: [builds[0] | {"file": "other.engine"}], "not the manifest's engines"),
@@ -287,22 +287,22 @@ def one(built: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
 
 
 @pytest.mark.parametrize("name", WRONG_BUILDS)
-def test_a_wrong_account_of_the_engines(name: str, one: Bundle) -> None:
+def test_a_wrong_list_of_builds(name: str, one: Bundle) -> None:
     change, message = WRONG_BUILDS[name]
-    account = one.path / trt.BUILDS
-    account.write_text(json.dumps(change(json.loads(account.read_text()))))
+    path = one.path / trt.BUILDS
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(BundleError, match=message):
         trt.read_builds(one)
-    account.unlink()
+    path.unlink()
     with pytest.raises(BundleError, match="cannot be read"):
         trt.read_builds(one)
 
 
-def test_inspect_and_verify_tell_of_the_engines(one: Bundle) -> None:
+def test_inspect_and_verify_describe_the_engines(one: Bundle) -> None:
     path = one.path
-    told = CliRunner().invoke(main, ["inspect", str(path)])
-    assert told.exit_code == 0, told.output
-    words = " ".join(told.output.split())
+    result = CliRunner().invoke(main, ["inspect", str(path)])
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
     assert "generator.engine prefill (512) sm80 tensorrt_rtx 1." in words
     assert "fused" in words
     assert "4 kv_cache_update" in words
@@ -314,7 +314,7 @@ def test_inspect_and_verify_tell_of_the_engines(one: Bundle) -> None:
     assert "The engines were not executed, because that needs a GPU" in proven.output
 
 
-# Only looking.
+# The option --check.
 
 
 def test_check_counts_layers_and_leaves_nothing(ran: Callable[[str], Ran]) -> None:
@@ -327,7 +327,7 @@ def test_check_counts_layers_and_leaves_nothing(ran: Callable[[str], Ran]) -> No
     assert list(folder.iterdir()) == []
 
 
-def test_check_lists_every_node_that_does_not_map(exported: Exporter, tmp_path: Path) -> None:
+def test_check_lists_every_unsupported_node(exported: Exporter, tmp_path: Path) -> None:
     bundle = exported("1x2x2", dtype="fp16", batch=2, one_graph=True).bundle
     model = onnx.load(bundle.path / GENERATOR)
     for name, op, domain in (("first", "Det", ""), ("second", "Foo", "acme")):
@@ -345,7 +345,7 @@ def test_check_lists_every_node_that_does_not_map(exported: Exporter, tmp_path: 
     assert "second (Foo): INVALID_NODE" in error.value.message
 
 
-def test_the_control_of_the_faults(exported: Exporter) -> None:
+def test_a_graph_without_faults_is_built(exported: Exporter) -> None:
     bundle = exported("1x2x2", dtype="fp16", batch=2, one_graph=True).bundle
     built = trt.build(bundle.path / GENERATOR, [bundle.manifest.graph_specs()["step"]], RTX, SM80)
     assert built.info.tokens == (4,)

@@ -1,7 +1,7 @@
-"""Every name of TensorRT that our code uses is one of TensorRT 11's, and called as it may be.
+"""Every name of TensorRT that our code uses exists in TensorRT 11, and every call fits its signature.
 
-Of what our code asks of TensorRT 11 nothing is executed here. What it asks is read off its source, and compared with
-the bindings of both libraries.
+Nothing of TensorRT 11 is executed here. The names and calls are read from our source code, and compared with the Python
+bindings of both libraries.
 """
 
 import ast
@@ -20,12 +20,12 @@ import pytest
 from tests.export.bindings import Api, api, api_without_libraries
 
 ROOT = Path(__file__).parents[2]
-# What builds engines, and what runs them, by either library.
+# The files that use the libraries: they build and run engines.
 USERS = ("nbp_export/trt.py", "nbp_export/trt_library.py", "engines/nbp_engines/trt.py")
-# What the library's module is called there.
+# Expressions that stand for the library's module in these files.
 LIBRARY = re.compile(r"(.*[._])?trt|tensorrt(_rtx)?|library(\.load)?\(\)")
-# What our code uses of TensorRT-RTX alone, which builds for a GPU that need not be there and compiles kernels where the
-# engine is loaded; classes with all they have.
+# Names that only TensorRT-RTX has, and that our code uses: it builds without a GPU, and compiles kernels when an engine
+# is loaded. The name of a class includes all of its members.
 RTX_ONLY = frozenset(
     {
         *("ComputeCapability", "num_compute_capabilities", "set_compute_capability"),
@@ -51,22 +51,22 @@ def trt11(tmp_path_factory: pytest.TempPathFactory) -> Api:
 
 
 def with_rtx_only(trt11: Api, rtx: Api) -> Api:
-    """TensorRT 11's, and what we know that only TensorRT-RTX has."""
+    """Return the API of TensorRT 11, extended by the names in RTX_ONLY."""
     return trt11 | {
         owner: trt11.get(owner, {}) | {n: made for n, made in members.items() if n in RTX_ONLY or owner in RTX_ONLY}
         for owner, members in rtx.items()
     }
 
 
-# What our code uses.
+# Reading of the names that our code uses.
 
 
 class Reader(ast.NodeVisitor):
-    """Finds what sources ask of a library that it has not.
+    """Finds uses of names that a library does not have, and calls that do not fit its signatures.
 
-    The class of a value is followed through variables, members and calls as far as the bindings tell it; a variable of
-    which nothing is said has the class that variables of its name have elsewhere. What is asked of any other value must
-    be some class's of the library, or not the library's at all: Python's, or our own.
+    The class of a value is inferred through variables, members and calls, as far as the signatures give it. A
+    variable without an inferred class has the class that variables of the same name have elsewhere. For any other
+    value, the name must be a member of some class of the library, a name of Python or one of our own names.
     """
 
     def __init__(self, library: Api, sources: Mapping[str, str]) -> None:
@@ -74,15 +74,15 @@ class Reader(ast.NodeVisitor):
         self.anywhere = set().union(*library.values())
         self.elsewhere = our_names().union(*map(defined, sources.values()), *map(python_names, sources.values()))
         self.usual: dict[str, str | None] = {}  # classes of variables in all sources, None of those with several
-        for _ in range(3):  # a pass uses what the one before has learnt of variables
-            self.asked: set[tuple[str | None, str]] = set()
+        for _ in range(3):  # each pass uses the classes of variables that the previous one inferred
+            self.used: set[tuple[str | None, str]] = set()
             self.faults: list[str] = []
             for self.file, source in sources.items():
-                self.owners: dict[str, str | None] = {}  # classes of variables in reach, None of what is not TensorRT's
+                self.owners: dict[str, str | None] = {}  # classes of variables in scope; None if not TensorRT's
                 self.visit(ast.parse(source))
 
     def owner(self, node: ast.expr) -> str | None:
-        """The class of a value, or the class itself; "" for the library's module; None if that is not known."""
+        """Return the class of a value, or the class itself; "" for the library's module; None if it is unknown."""
         text = ast.unparse(node)
         if text in self.owners or LIBRARY.fullmatch(text):
             return self.owners.get(text, "")
@@ -96,15 +96,15 @@ class Reader(ast.NodeVisitor):
                 return results[0] if results and results[0] in self.library else None
         return None
 
-    def ask(self, node: ast.expr, owner: str | None, name: str) -> None:
-        """Note that a member is used."""
-        self.asked.add((owner, name))
-        there = self.anywhere | self.elsewhere if owner is None else self.library[owner].keys()
-        if name not in there:
+    def use(self, node: ast.expr, owner: str | None, name: str) -> None:
+        """Record the use of a member."""
+        self.used.add((owner, name))
+        available = self.anywhere | self.elsewhere if owner is None else self.library[owner].keys()
+        if name not in available:
             self.fault(node, f"{'nobody' if owner is None else owner or 'it'} has no {name}")
 
     def fault(self, node: ast.expr, text: str) -> None:
-        """Note a fault."""
+        """Record a fault."""
         self.faults.append(f"{self.file}:{node.lineno} {text}")
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -134,15 +134,15 @@ class Reader(ast.NodeVisitor):
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         self.generic_visit(node)
-        self.ask(node, self.owner(node.value), node.attr)
+        self.use(node, self.owner(node.value), node.attr)
 
     def visit_Call(self, node: ast.Call) -> None:
-        if ast.unparse(node.func).startswith("os.environ"):  # its names are in capitals too
+        if ast.unparse(node.func).startswith("os.environ"):  # names of environment variables look like members of enums
             return
         self.generic_visit(node)
         match node:
             case ast.Call(ast.Name("getattr" | "hasattr" | "setattr"), [value, ast.Constant(str(name)), *_]):
-                self.ask(node, self.owner(value), name)
+                self.use(node, self.owner(value), name)
             case ast.Call(ast.Attribute(value, name)) if name != "__init__":  # called on a class, with self
                 owner = self.owner(value)
                 owners = self.library.values() if owner is None else [self.library[owner]]
@@ -152,12 +152,14 @@ class Reader(ast.NodeVisitor):
                     self.fault(node, f"{ast.unparse(node)} is no call of {name}{made[0]}")
 
     def visit_Constant(self, node: ast.Constant) -> None:
-        if isinstance(node.value, str) and re.fullmatch("[A-Z][A-Z_]+", node.value):  # an enum's member by its name
-            self.ask(node, None, node.value)
+        if isinstance(node.value, str) and re.fullmatch(
+            "[A-Z][A-Z_]+", node.value
+        ):  # a member of an enum, used by name
+            self.use(node, None, node.value)
 
 
 def fits(call: ast.Call, signature: str) -> bool:
-    """Whether a call gives what a signature wants; a property cannot be called."""
+    """Return whether a call fits a signature. A property cannot be called."""
     arguments = re.match(r"\((.*)\)", signature)
     if not arguments or any(isinstance(each, ast.Starred) for each in call.args):
         return bool(arguments)
@@ -168,7 +170,7 @@ def fits(call: ast.Call, signature: str) -> bool:
 
 
 def python_names(source: str) -> set[str]:
-    """The attributes of Python's own values, and of all that a source imports from others than us and TensorRT."""
+    """Return all names of Python's builtins and of modules that a source imports, except ours and TensorRT's."""
     modules = {"builtins"}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -185,7 +187,7 @@ def python_names(source: str) -> set[str]:
 
 
 def defined(source: str) -> set[str]:
-    """What a source defines in modules and classes, and on self."""
+    """Return the names that a source defines in modules and classes, and on self."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -203,12 +205,12 @@ def defined(source: str) -> set[str]:
 
 @cache
 def our_names() -> frozenset[str]:
-    """What all sources define that the users of TensorRT may import."""
+    """Return the names that our packages define."""
     sources = [*(ROOT / "nbp_export").rglob("*.py"), *(ROOT / "engines").rglob("*.py")]
     return frozenset().union(*(defined(source.read_text()) for source in sources))
 
 
-# The check, and that it can fail.
+# The check, and tests that it can fail.
 
 
 @pytest.fixture(scope="module")
@@ -220,26 +222,26 @@ def test_both_libraries_have_all_that_we_use(sources: dict[str, str], rtx: Api, 
     for library in (rtx, with_rtx_only(trt11, rtx)):
         reader = Reader(library, sources)
         assert reader.faults == []
-        # The classes of values are followed, as far as to other modules.
-        assert {("", "Builder"), ("Builder", "build_serialized_network")} < reader.asked
+        # As a control: the classes of values are inferred.
+        assert {("", "Builder"), ("Builder", "build_serialized_network")} < reader.used
     assert "tensorrt_bindings" not in sys.modules
 
 
 def test_both_take_the_same_arguments(sources: dict[str, str], rtx: Api, trt11: Api) -> None:
-    assert list(changed({name for _, name in Reader(rtx, sources).asked}, rtx, trt11)) == []
+    assert list(changed({name for _, name in Reader(rtx, sources).used}, rtx, trt11)) == []
 
 
 def changed(names: set[str], rtx: Api, trt11: Api) -> Iterator[str]:
-    """The signatures of used members that TensorRT 11 does not have."""
+    """Yield the signatures of used members that TensorRT 11 does not have."""
     for owner in rtx.keys() & trt11.keys():
         for name in names & rtx[owner].keys() & trt11[owner].keys():
             yield from (f"{owner}.{name}{made}" for made in rtx[owner][name] if made not in trt11[owner][name])
 
 
-def test_all_that_only_rtx_has_is_used_and_only_there(sources: dict[str, str], rtx: Api, trt11: Api) -> None:
-    asked = {name for _, name in Reader(rtx, sources).asked}
+def test_names_in_rtx_only_are_used_and_missing_in_tensorrt_11(sources: dict[str, str], rtx: Api, trt11: Api) -> None:
+    used = {name for _, name in Reader(rtx, sources).used}
     there, here = (set().union(*library.values()) for library in (rtx, trt11))
-    assert asked & there - here >= RTX_ONLY
+    assert used & there - here >= RTX_ONLY
 
 
 BUILD = "trt = library()\nbuilder = trt.Builder(logger)\nnetwork = builder.create_network()\n"

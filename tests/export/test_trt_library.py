@@ -1,7 +1,7 @@
-"""Which library builds, and what it is asked for.
+"""The choice of the library that builds, and the options that it gets.
 
-TensorRT 11 cannot be had everywhere. Its branch sets the options of a real builder config all the same, that of
-TensorRT-RTX, whose API is proven to be the same in these names (test_trt_api.py).
+TensorRT 11 is not available everywhere. Therefore the code for TensorRT 11 is tested with a builder config of
+TensorRT-RTX. test_trt_api.py checks that both have the same API for the names in use.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from nbp_export.trt_library import RTX, TENSORRT, Library, Options, configure, s
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'nbp-export[trt-rtx]'")
 
-STAND_IN = replace(TENSORRT, module="tensorrt_rtx")  # TensorRT 11's branch, by a module that is there
+STAND_IN = replace(TENSORRT, module="tensorrt_rtx")  # takes the code path of TensorRT 11, with an installed module
 A100 = ("NVIDIA A100-SXM4-80GB", "sm80")
 
 
@@ -56,7 +56,7 @@ def test_auto_without_a_gpu() -> None:
 
 
 @pytest.mark.usefixtures("installed", "a100")
-def test_auto_where_both_are_there() -> None:
+def test_auto_with_tensorrt_11_and_a_gpu() -> None:
     assert Options().resolve()[:2] == (STAND_IN, Options(arch="sm80"))
     assert Options(arch="sm80", level=5).resolve()[0] is STAND_IN
     library, _, reason = Options(arch="sm86").resolve()
@@ -80,7 +80,7 @@ def test_tensorrt_11_needs_a_gpu() -> None:
 
 def test_tensorrt_11_is_not_installed() -> None:
     if TENSORRT.installed:
-        pytest.skip("it is")
+        pytest.skip("TensorRT 11 is installed")
     done = CliRunner().invoke(main, ["trt", "--builder", "tensorrt"])
     assert done.exit_code == 1
     assert "tensorrt missing: pip install 'nbp-export[trt" in done.output
@@ -98,9 +98,9 @@ def config_of(library: Library) -> Any:
     return builder.create_builder_config(), builder  # the config lives as long as its builder
 
 
-@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")  # of its timing cache
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")  # about its timing cache
 @pytest.mark.usefixtures("a100")
-def test_tensorrt_11s_options_reach_its_config(tmp_path: Path) -> None:
+def test_options_of_tensorrt_11_are_set_in_its_config(tmp_path: Path) -> None:
     trt = STAND_IN.load()
     options = Options("tensorrt", "sm80", "ampere+", workspace=2**28, level=4, timing_cache=tmp_path / "timings")
     config, builder = config_of(STAND_IN)
@@ -109,15 +109,15 @@ def test_tensorrt_11s_options_reach_its_config(tmp_path: Path) -> None:
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 2**28
     assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
     assert any("setHardwareCompatibilityLevel" in line for line in log_of(STAND_IN.load()).messages("WARNING"))
-    assert config.num_compute_capabilities != 1  # no architecture by name
+    assert config.num_compute_capabilities != 1  # no architecture is named
     save_timings(config, STAND_IN, options)
-    (kept,) = (tmp_path / "timings").iterdir()
-    assert kept.name == f"NVIDIA-A100-SXM4-80GB_tensorrt_rtx_{trt.__version__}.timings"
-    configure(config, STAND_IN, options)  # and read again
+    (saved,) = (tmp_path / "timings").iterdir()
+    assert saved.name == f"NVIDIA-A100-SXM4-80GB_tensorrt_rtx_{trt.__version__}.timings"
+    configure(config, STAND_IN, options)  # reads the saved timing cache
     del builder
 
 
-def test_tensorrt_rtxs_options_reach_its_config() -> None:
+def test_options_of_tensorrt_rtx_are_set_in_its_config() -> None:
     trt = RTX.load()
     config, builder = config_of(RTX)
     configure(config, RTX, Options("rtx", "sm89", workspace=2**28))
