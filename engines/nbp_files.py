@@ -3,6 +3,7 @@
 The module stands beside the packages, as `nbp_errors` does, and imports none of them.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -40,6 +41,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8 as `replacing` does. Surrogates, which UTF-8 cannot encode, become escapes."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write a value as indented JSON as `replacing` does."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 @contextmanager

@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from nbp_engines.errors import ReceiptWarning
 from nbp_engines.registry import RUNTIMES
 from nbp_errors import NbpError, UsageError, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class _UsageFailure(click.ClickException):
@@ -128,6 +131,16 @@ class RuntimeName(click.ParamType[str]):
 def runtime_help() -> str:
     """Return one line of help that names each registered runtime and the extra that installs it."""
     return "; ".join(f"{runtime.name}: {runtime.title} (extra {runtime.extra})" for runtime in RUNTIMES.values())
+
+
+def plain_console(stderr: bool = False) -> "Console":
+    """Return a console that prints names unchanged, even those that look like markup or like the code of an emoji."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if console.width < 1:  # COLUMNS=0 would make rich print nothing
+        console.width = 80
+    return console
 
 
 @contextmanager

@@ -17,11 +17,9 @@ from nbp_engines.registry import DEFAULT, RUNTIMES
 from nbp_engines.shell import command_line
 from nbp_engines.status import sentences
 from nbp_errors import NbpError, printable
-from nbp_export._commands import Commands, RuntimeName, runtime_help
+from nbp_export._commands import Commands, RuntimeName, plain_console, runtime_help
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from nbp_engines.bundle import Bundle
     from nbp_export.trt_library import Options
 
@@ -262,20 +260,10 @@ def inspect(bundle: Path, with_memory: bool, as_json: bool) -> None:
         return
     need("export", "rich")
 
-    console = _console()
+    console = plain_console()
     if not console.is_terminal:
         console.width = 120
     console.print(render(summary))
-
-
-def _console(stderr: bool = False) -> "Console":
-    """Return a console that prints names unchanged, even those that look like markup or like the code of an emoji."""
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
-    if console.width < 1:  # COLUMNS=0 would make rich print nothing
-        console.width = 80
-    return console
 
 
 @contextmanager
@@ -283,7 +271,7 @@ def _stages() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
     """Yield two functions: one prints a line to standard error, the other shows the stage that begins."""
     from rich.text import Text
 
-    console = _console(stderr=True)
+    console = plain_console(stderr=True)
     with console.status("", spinner="dots" if console.encoding.startswith("utf") else "line") as status:
 
         def report(stage: str) -> None:

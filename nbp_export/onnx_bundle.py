@@ -25,8 +25,7 @@ from nbp_engines.manifest import SCHEMA, Engine, File, Manifest
 from nbp_engines.ort import ORT_CPU
 from nbp_engines.sampling import Sampling
 from nbp_engines.shell import command_line, is_utf8, utf8_cure
-from nbp_engines.spec import SystemSpec
-from nbp_engines.strict import write_bytes, write_json
+from nbp_engines.spec import BYTES, SystemSpec
 from nbp_engines.trt import TENSORRT
 from nbp_errors import NbpError, UsageError
 from nbp_export import lint, trt
@@ -37,6 +36,7 @@ from nbp_export.sources import Source
 from nbp_export.trace import TRACE, record_trace
 from nbp_export.trt_library import Options
 from nbp_export.weights import INDEX, Index, WeightPool, weights_sha256
+from nbp_files import locked, require_space, write_bytes, write_json
 
 GENERATOR = "generator.onnx"  # the one graph for prefill and step
 DTYPE = "fp16"  # the default dtype of an export
@@ -66,10 +66,12 @@ def export(
         engines: options for TensorRT engines, which are built from the same files that are checked; None builds none.
             Engines imply `one_graph`.
 
-    Raises UsageError if the folder exists or cannot be created, or for options that are not supported; NbpError if
-    writing fails; LintError, BuildError or ParityError if a graph or an engine differs from the reference.
+    Raises UsageError if the folder exists or cannot be created, if its disk has too little space for the weights, or
+    for options that are not supported; NbpError if writing fails; LintError, BuildError or ParityError if a graph or an
+    engine differs from the reference.
     """
     refuse_out(out)
+    require_space(out, _weight_bytes(source, dtype) * (2 if engines else 1))  # TensorRT engines hold the weights again
     spec = system_spec(source.generator.config, source.tokenizer.config if source.tokenizer else None, dtype, batch)
     with _working_folder(out) as folder, torch.no_grad():
         digest = weights_sha256(source.generator, source.tokenizer)
@@ -93,6 +95,11 @@ def refuse_out(out: Path) -> None:
         raise UsageError(f"{out} cannot be the name of a folder ({error.strerror}): choose another --out") from error
     if exists:
         raise UsageError(f"{out} exists: choose another --out, or remove it first")
+
+
+def _weight_bytes(source: Source, dtype: str) -> int:
+    models = [model for model in (source.generator, source.tokenizer) if model]
+    return BYTES[dtype] * sum(parameter.numel() for model in models for parameter in model.parameters())
 
 
 def parse_only(source: Source, options: Options, dtype: str, batch: int, report: Report) -> dict[str, Counter[str]]:
@@ -129,14 +136,14 @@ def _working_folder(out: Path) -> Iterator[Path]:
     with ExitStack() as locks:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(out.parent, wait=True):  # nobody may remove a folder between its creation and its lock
+            with locked(out.parent, wait=True):  # nobody may remove a folder between its creation and its lock
                 for leftover in out.parent.glob(f"{glob.escape(prefix)}????????"):
-                    with _locked(leftover) as abandoned:
+                    with locked(leftover) as abandoned:
                         if abandoned:
                             shutil.rmtree(leftover, ignore_errors=True)
                 folder = out.parent / f"{prefix}{secrets.token_hex(4)}"
                 folder.mkdir()
-                locks.enter_context(_locked(folder))
+                locks.enter_context(locked(folder))
         except OSError as error:
             raise UsageError(f"{out.parent} cannot hold the bundle ({error.strerror}): choose another --out") from error
         try:
@@ -174,26 +181,6 @@ def _move(folder: Path, out: Path) -> None:
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
-
-
-@contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock of a folder and yield True; yield False if another process holds it or locks are not supported.
-
-    The operating system releases the lock when this process ends, however it ends.
-    """
-    # filelock's FileLock cannot lock a folder: it would leave a lock file beside every bundle.
-    with ExitStack() as closing:
-        try:
-            import fcntl
-
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            closing.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-        except (ImportError, OSError):  # the system or the file system has no locks, or another process holds this one
-            locked = False
-        yield locked
 
 
 def _write_graphs(source: Source, spec: SystemSpec, folder: Path, report: Report, one_graph: bool) -> dict[str, str]:

@@ -10,12 +10,12 @@ from nbp_engines.bundle import RECEIPT, Bundle
 from nbp_engines.errors import EngineError
 from nbp_engines.registry import DEFAULT, runtime_of
 from nbp_engines.runtime import Runtime
-from nbp_engines.strict import write_json
 from nbp_errors import NbpError
 from nbp_export import lint, parity
 from nbp_export.inspect import open_unproven, status_of
 from nbp_export.trace import TRACE, check_trace, read_trace
 from nbp_export.weights import read_generator, read_tokenizer
+from nbp_files import write_json
 
 TOOLS = ("nbp-export", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 Report = Callable[[str], None]

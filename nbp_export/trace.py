@@ -23,10 +23,11 @@ from nbp_engines.runtime import Runtime
 from nbp_engines.sampling import Sampling
 from nbp_engines.session import GraphSession
 from nbp_engines.spec import GraphSpec, SystemSpec
-from nbp_engines.strict import FROM_0, TEXT, Kind, Rule, check, loads, number, whole, write_json
+from nbp_engines.strict import FROM_0, TEXT, Kind, Rule, check, loads, number, whole
 from nbp_export.parity import TOLERANCE, Check, ParityError, graph_session
 from nbp_export.uniform_interval import uniform_interval
 from nbp_export.weights import read_generator
+from nbp_files import write_json
 from nbp_reference.model import NextBlockTransformer, tensor_scatter_
 from nbp_reference.sampling import sample
 

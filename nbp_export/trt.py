@@ -18,11 +18,12 @@ from nbp_engines.bundle import Bundle
 from nbp_engines.errors import BundleError
 from nbp_engines.manifest import NAME, Engine
 from nbp_engines.spec import GraphKind, GraphSpec
-from nbp_engines.strict import FROM_0, Kind, Rule, loads, matching, whole, write_bytes, write_json, write_text
+from nbp_engines.strict import FROM_0, Kind, Rule, loads, matching, whole
 from nbp_engines.strict import check as conform
 from nbp_engines.trt import Log, log_of
 from nbp_errors import NbpError
 from nbp_export.trt_library import Library, Options, configure, save_timings
+from nbp_files import write_bytes, write_json, write_text
 
 BUILDS = "engines.json"
 COUNT = whole(0, 2**63 - 1)

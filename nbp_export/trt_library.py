@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nbp_engines.errors import EngineError
-from nbp_engines.strict import write_bytes
 from nbp_errors import UsageError
 from nbp_export._extras import need
+from nbp_files import write_bytes
 
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")  # that we build for with TensorRT-RTX
 COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}

@@ -16,7 +16,7 @@ from nbp_bench.engines import engines as table_of_engines
 from nbp_engines.sampling import LEAST_TEMPERATURE
 from nbp_engines.spec import BYTES
 from nbp_errors import UsageError
-from nbp_export._commands import Commands, RuntimeName, runtime_help
+from nbp_export._commands import Commands, RuntimeName, plain_console, runtime_help
 from nbp_export.cli import SIZES
 
 MOST_CLIPS = 1024  # per batch; a larger number is a typing error
@@ -332,14 +332,12 @@ def generate(temperature: float | None, top_k: int | None, top_p: float | None, 
     from nbp_export._extras import need
 
     need("bench", "av", "PIL", "rich")
-    from rich.console import Console
-
     from nbp_bench.generate import ClipRequest
     from nbp_bench.generate import generate as write_clip
 
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = {name: value for name, value in options.items() if value is not None}
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = plain_console(stderr=True)
     click.echo(write_clip(console, ClipRequest(sampling=sampling, **request)))
 
 

@@ -21,6 +21,7 @@ from nbp_bench.sweep import COMPARISON, Measured, Report, Sweep
 from nbp_bench.video import to_uint8
 from nbp_engines.errors import EngineError
 from nbp_errors import NbpError, UsageError, printable
+from nbp_export._commands import plain_console
 from nbp_files import locked, write_text
 from nbp_reports import markdown, record, table
 from nbp_reports.record import Record
@@ -143,7 +144,7 @@ def _progress(turns: int) -> Iterator[Report]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*columns, console=plain_console(), transient=True) as progress:
         task = progress.add_task("begin", total=turns)
 
         def bar(stage: str, turns: int = 0) -> None:
@@ -158,9 +159,7 @@ def _show(records: Sequence[Record]) -> None:
         if find_spec("rich") is None:
             click.echo(f"\n{caption}\n{markdown.table(columns, rows)}")
             continue
-        from rich.console import Console
-
-        console = Console(highlight=False, markup=False, emoji=False)  # names may look like markup
+        console = plain_console()
         if not console.is_terminal:
             console.width = 160
         shown = table.fitting_columns(columns, rows, console.width)

@@ -1,19 +1,15 @@
-"""Reading and writing the JSON files of a bundle.
+"""Reading the JSON files of a bundle.
 
-JSON from an unknown source is parsed strictly and checked against a table of rules before it is used. Files are written
-completely or not at all.
+JSON from an unknown source is parsed strictly and checked against a table of rules before it is used.
 """
 
 import json
 import math
-import os
 import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from nbp_engines.errors import BundleError
@@ -105,33 +101,6 @@ def loads(content: bytes) -> Any:
         return json.loads(content, object_pairs_hook=_object, parse_constant=_float, parse_float=_float)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"not JSON: {error}") from error
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all.
-
-    The content goes to a temporary file in the same folder, which then replaces the file at `path`. If that fails, the
-    old file stays and the temporary one is removed.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except BaseException:
-        # The removal may fail for the same reason as the write. The error of the write is the one to raise.
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8 as `write_bytes` does. Surrogates, which UTF-8 cannot encode, are written as escapes."""
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write a value as indented JSON, as `write_bytes` does."""
-    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -17,11 +17,11 @@ from click.testing import CliRunner
 
 from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
 from nbp_engines.errors import BundleError
-from nbp_engines.strict import write_bytes, write_json, write_text
 from nbp_errors import NbpError, UsageError
 from nbp_export import onnx_bundle
 from nbp_export.cli import main
 from nbp_export.onnx_bundle import _working_folder, export
+from nbp_files import write_bytes, write_json, write_text
 from tests.export.support import source, traced_once
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ paths, folder, shares = map(json.loads, sys.argv[1:])
 sys.path[:0], folder = paths, Path(folder)
 from nbp_engines.bundle import Bundle
 from nbp_engines.errors import BundleError
-from nbp_engines.strict import write_bytes, write_json, write_text
+from nbp_files import write_bytes, write_json, write_text
 from nbp_export.onnx_bundle import export
 from tests.export.support import source
 
@@ -429,7 +429,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(
 def test_text_is_written_in_utf_8_in_every_locale(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]\nfrom pathlib import Path\n"
-        "from nbp_engines.strict import write_json, write_text\n"
+        "from nbp_files import write_json, write_text\n"
         "write_text(Path(sys.argv[1], 'a'), 'caf\\xe9 \\u043a \\udce9'); write_json(Path(sys.argv[1], 'b'), '\\xe9')"
     )
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
