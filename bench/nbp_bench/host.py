@@ -89,9 +89,9 @@ class Host:
     """The state that a worker process keeps between calls.
 
     Attributes:
-        models: the models of the last weights, dtype and device, by that key; at most one entry.
-        sources: the last model that was found, by its request; at most one entry.
-        digests: SHA-256 of the weights by request.
+        models: the loaded models, by weights, dtype and device; at most one entry.
+        sources: the model that was found last, by its request; at most one entry.
+        digests: SHA-256 of the weights, by the request without what does not change them.
         sessions: open sessions by case.
         tokenizer_checks: results of comparing a tokenizer with the reference, which the engines of `models` share.
     """
@@ -162,7 +162,7 @@ def export_bundle(host: Host, request: "Request", dtype: str, batch: int, runtim
     from nbp_export.trt_library import Options
 
     source = _source(host, request)
-    host.sources.clear()  # because the export frees the models of the source
+    host.sources.clear()  # the export frees the models of the source
     options = None
     if runtime.runs_engines:
         with Device.open() as device:
@@ -245,7 +245,7 @@ def models_of(host: Host, subject: "Subject", dtype: str, device: "torch.device"
             assert subject.request
             source = _source(host, subject.request)
             generator, tokenizer = source.generator, source.tokenizer
-            host.sources.clear()  # because the source's models are converted in place
+            host.sources.clear()  # the models of the source are converted in place below
         generator = generator.to(device, TORCH_DTYPES[dtype])
         tokenizer = tokenizer.to(device, TORCH_DTYPES[dtype]) if tokenizer else None
         if dtype == "fp32":

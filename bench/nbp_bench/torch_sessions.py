@@ -45,7 +45,7 @@ class DeviceLogits:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[B,L,V]."""
+        """The shape [B,L,V] of the logits."""
         return tuple(self.tensor.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

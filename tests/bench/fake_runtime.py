@@ -1,4 +1,4 @@
-"""A runtime and two engines that exist in tests alone: each is one entry, as a new one would be."""
+"""A runtime and an engine for tests only; each is one entry, as a new one would be."""
 
 import os
 from typing import Any
@@ -10,11 +10,11 @@ from nbp_engines.runtime import OpenOptions, Runtime
 
 
 def present() -> None:
-    """It runs here."""
+    """Return None: the runtime can run here."""
 
 
 def present_on(device: str) -> None:
-    """It runs on every device."""
+    """Return None: the engine can run on every device."""
 
 
 def described(bundle: Bundle) -> str:  # noqa: ARG001 - the signature of Runtime.description

@@ -1,7 +1,8 @@
-"""A device that is not there: tensors that say they are on CUDA, hold their numbers on the CPU and do not mix with it.
+"""A fake CUDA device: its tensors claim to be on CUDA, but store their values on the CPU.
 
-What CUDA refuses, these refuse: an operation on tensors of both kinds, and a way to numpy that does not pass `.cpu()`.
-Whole sessions run on them, so that a tensor on the wrong device shows on a machine without a GPU.
+A tensor on the fake device is *far*, a plain CPU tensor is *near*. As with real CUDA tensors, an operation on far and
+near tensors raises an error, and so does a conversion to numpy without `.cpu()`. Whole sessions run on far tensors, so
+that a test finds a tensor on the wrong device without a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,13 +26,13 @@ INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 
 
 class Far(Tensor):
-    """A tensor on CUDA as far as anybody can tell; `near` are its numbers."""
+    """A tensor that claims to be on CUDA; `near` is the CPU tensor with its values."""
 
     near: Tensor
 
     @staticmethod
     def __new__(cls: type["Far"], near: Tensor) -> "Far":
-        # Of the CPU for torch's own code, which guards the device of a tensor, and has no guard for CUDA here.
+        # Torch's C++ code must see a CPU tensor, because a build without CUDA has no device guard for CUDA.
         strides, offset = near.stride(), near.storage_offset()
         far: Far = Tensor._make_wrapper_subclass(
             cls, near.size(), strides, offset, dtype=near.dtype, device=near.device
@@ -41,12 +42,12 @@ class Far(Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where it says that it is."""
+        """The fake CUDA device."""
         return CUDA
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
-        """Likewise."""
+        """True, as for a CUDA tensor."""
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Far":
@@ -56,7 +57,7 @@ class Far(Tensor):
         return copy
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
-        """As CUDA's: only by way of the host."""
+        """Raise TypeError as a CUDA tensor does, unless `force` copies it to the host first."""
         if not force:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         array: np.ndarray = self.detach().cpu().numpy()
@@ -71,14 +72,14 @@ class Far(Tensor):
 
 
 class _Factories(TorchDispatchMode):
-    """What has no tensor among its arguments is asked for a device by name."""
+    """Handles operations without tensor arguments, whose device is given by name."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return computed(function, args, kwargs or {})
 
 
 class _Moves(TorchFunctionMode):
-    """The ways from one device to the other."""
+    """Handles copies from one device to the other."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -96,7 +97,7 @@ class _Moves(TorchFunctionMode):
 
 
 def moved(tensor: Tensor, to: str | None, **how: Any) -> Tensor:
-    """The tensor on a device, its own if None; itself if nothing changes, else a copy."""
+    """Return the tensor on a device, on its own if None; the same tensor if nothing changes, else a copy."""
     far = isinstance(tensor, Far)
     near = tensor.near if isinstance(tensor, Far) else tensor
     there = far if to is None else to == "cuda"
@@ -108,7 +109,7 @@ def moved(tensor: Tensor, to: str | None, **how: Any) -> Tensor:
 
 
 def computed(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """The operation on the numbers, refused where it would mix the devices."""
+    """Run the operation on the near tensors; raise RuntimeError if it mixes devices."""
     tensors = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, Tensor)]
     far = [tensor for tensor in tensors if isinstance(tensor, Far)]
     where = named.get("device")
@@ -136,7 +137,7 @@ def computed(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -
 
 
 class FarGenerator(torch.Generator):
-    """A CPU's generator that says it is CUDA's."""
+    """A random generator of the CPU that claims to be on CUDA."""
 
     device = CUDA
 
@@ -144,10 +145,8 @@ class FarGenerator(torch.Generator):
         return super().__new__(cls)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
-) -> Tensor:  # the fused kernels are chosen by device, and those of CUDA are missing
-    """Scaled dot-product attention, operation by operation."""
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    """Return scaled dot-product attention from single operations, because torch would look for CUDA's fused kernels."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
@@ -155,8 +154,8 @@ def attention(
     return out
 
 
-def joined(parts: Any) -> Tensor:
-    """In place of parameters that become views of one tensor: what a wrapper has no memory for."""
+def join_parameters(parts: Any) -> Tensor:
+    """Return a copy of the joined parameters; a wrapper has no memory of which they could become views."""
     return torch.cat([part.detach() for part in parts])
 
 
@@ -168,11 +167,11 @@ def time_calls(_: torch.device, call: Callable[[int], object], count: int, strea
 
 @contextmanager
 def far_device() -> Iterator[None]:
-    """Inside, tensors can be on a CUDA device that is not there."""
+    """Make the fake CUDA device available inside the context."""
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), _Factories(), _Moves():  # type: ignore[no-untyped-call]
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-        for way in ("__enter__", "__exit__"):  # wrappers have no version counter, which views of them need there
+        for way in ("__enter__", "__exit__"):  # views in inference mode need a version counter, which wrappers lack
             patch.setattr(torch.inference_mode, way, lambda *_: None)
         for name in ("memory_allocated", "max_memory_allocated"):
             patch.setattr(torch.cuda, name, lambda _=None: 0)
@@ -180,7 +179,7 @@ def far_device() -> Iterator[None]:
             patch.setattr(torch.cuda, name, lambda _=None: None)
         patch.setattr(torch, "Generator", FarGenerator)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-        patch.setattr(fused_step, "_join_parameters", joined)
+        patch.setattr(fused_step, "_join_parameters", join_parameters)
         patch.setattr(attention_choice, "TRIALS", 1)
         patch.setattr(device, "time_calls", time_calls)
         patch.setitem(device.COPIED_BYTES, "cuda", 2**20)

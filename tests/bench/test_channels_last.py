@@ -1,4 +1,4 @@
-"""The tokenizer with channels innermost computes what the reference's does, and never loses that layout."""
+"""The channels-last tokenizer computes what the reference computes, and keeps its layout in every layer."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from nbp_reference.config import TINY, TOKENIZERS, Latent, Stage, TokenizerConfi
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import FrameGroupNorm, VideoTokenizer
 
-# Groups of several channels, as the official tokenizer has them, and a stride of 2 in time.
+# Like the official tokenizer, this one has groups of several channels and a stride of 2 in time.
 GROUPED = TokenizerConfig(stages=(Stage(16, 1), Stage(16, 1), Stage(32, 1), Stage(32, 1)), levels=(8, 5, 5), groups=4)
 
 
@@ -26,7 +26,7 @@ def tokenizer_of(config: TokenizerConfig) -> VideoTokenizer:
     tokenizer = VideoTokenizer(config).eval()
     with torch.no_grad():
         for name, parameter in tokenizer.named_parameters():
-            if "beta" in name or parameter.ndim == 1:  # unlike the ones and zeros that modules begin with
+            if "beta" in name or parameter.ndim == 1:  # initially they are all ones or zeros
                 parameter.uniform_(0.5, 1.5)
     return tokenizer
 
@@ -34,7 +34,7 @@ def tokenizer_of(config: TokenizerConfig) -> VideoTokenizer:
 @pytest.mark.parametrize("config", [GROUPED, TOKENIZERS["nbp-tiny"]], ids=["grouped", "nbp-tiny"])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.inference_mode()
-def test_videos_and_tokens_are_the_references(config: TokenizerConfig, batch: int) -> None:
+def test_videos_and_tokens_equal_the_references(config: TokenizerConfig, batch: int) -> None:
     reference = tokenizer_of(config)
     ours = ChannelsLastTokenizer(reference)
     video = torch.rand(batch, 3, 9, 16, 24)
@@ -44,32 +44,32 @@ def test_videos_and_tokens_are_the_references(config: TokenizerConfig, batch: in
     tokens = torch.randint(config.vocab, (batch, 18))
     codes = reference.fsq.codes(tokens.unflatten(1, (3, 2, 3)))
     assert compare("", "", "", ours.reconstruct(codes).numpy(), reference.reconstruct(codes).numpy(), 5e-5).passed
-    found, due = (model.decode(tokens, Latent(3, 2, 3)).numpy() for model in (ours, reference))
-    assert compare("", "", "", found, due, 1e-4).passed
+    actual, expected = (model.decode(tokens, Latent(3, 2, 3)).numpy() for model in (ours, reference))
+    assert compare("", "", "", actual, expected, 1e-4).passed
 
 
 @torch.inference_mode()
 def test_every_layer_keeps_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    layouts = []
     apply = ChannelsLastTokenizer.apply_layer
 
-    def watched(self: ChannelsLastTokenizer, layer: nn.Module, x: Tensor) -> Tensor:
+    def apply_and_record(self: ChannelsLastTokenizer, layer: nn.Module, x: Tensor) -> Tensor:
         out = apply(self, layer, x)
         rows = out.permute(0, 2, 3, 4, 1)
-        seen.append((type(layer).__name__, rows.stride(-1) == 1 and rows[0].is_contiguous()))
+        layouts.append((type(layer).__name__, rows.stride(-1) == 1 and rows[0].is_contiguous()))
         return out
 
-    monkeypatch.setattr(ChannelsLastTokenizer, "apply_layer", watched)
+    monkeypatch.setattr(ChannelsLastTokenizer, "apply_layer", apply_and_record)
     ours = ChannelsLastTokenizer(tokenizer_of(GROUPED))
     ours.encode(torch.rand(2, 3, 9, 16, 24))
     ours.decode(torch.randint(GROUPED.vocab, (2, 18)), Latent(3, 2, 3))
-    assert {name for name, _ in seen} >= {"CausalConv3d", "FrameGroupNorm", "Swish", "DepthToSpace", "Conv3d"}
-    assert not [name for name, kept in seen if not kept]
+    assert {name for name, _ in layouts} >= {"CausalConv3d", "FrameGroupNorm", "Swish", "DepthToSpace", "Conv3d"}
+    assert not [name for name, is_innermost in layouts if not is_innermost]
     for name, weight in ours.named_parameters():
         assert weight.ndim < 5 or weight.is_contiguous(memory_format=LAYOUT), name
 
 
-def test_the_padding_is_torchs() -> None:
+def test_padding_equals_torchs() -> None:
     x, pad = torch.rand(2, 3, 4, 5, 6), (1, 1, 2, 0, 3, 1)
     rows = x.permute(0, 2, 3, 4, 1).reshape(-1, 3)
     padded = rows[padding_indices(tuple(x.shape), pad, x.device)].permute(0, 4, 1, 2, 3)
@@ -83,9 +83,9 @@ def test_group_norm_has_statistics_in_fp32(dtype: torch.dtype, tolerance: float)
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     nn.init.uniform_(norm.bias)
     x = (torch.randn(2, 16, 3, 20, 20) * 2 + 5).to(dtype).contiguous(memory_format=LAYOUT)
-    found = frame_group_norm(x, norm.to(dtype))
-    assert found.dtype == dtype
-    assert compare("", "", "", found.float().numpy(), norm.float()(x.float()).numpy(), tolerance).passed
+    actual = frame_group_norm(x, norm.to(dtype))
+    assert actual.dtype == dtype
+    assert compare("", "", "", actual.float().numpy(), norm.float()(x.float()).numpy(), tolerance).passed
 
 
 def test_a_session_takes_either_layout() -> None:
@@ -95,5 +95,5 @@ def test_a_session_takes_either_layout() -> None:
     session = partial(EagerSession, spec, NextBlockTransformer(config), tokenizer)
     assert session().tokenizer is tokenizer, "on a CPU the plain layout is the faster one"
     tokens = np.random.default_rng(0).integers(0, spec.vocab, (1, spec.clip_tokens))
-    ours, due = (session(channels_last=on).decode(tokens) for on in (True, False))
-    assert compare("", "", "", ours, due, 5e-5).passed
+    ours, expected = (session(channels_last=on).decode(tokens) for on in (True, False))
+    assert compare("", "", "", ours, expected, 5e-5).passed

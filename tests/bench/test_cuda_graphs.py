@@ -1,4 +1,4 @@
-"""CUDA graphs rehearsed on a CPU: what is captured when, with which attention, and what a refusal leads to."""
+"""CUDA graphs emulated on a CPU: what is captured when, with which attention kernel, and how failures are handled."""
 
 import warnings
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from tests.support import small_generator
 CPU = torch.device("cpu")
 
 
-class Rehearsed:
-    """In place of a captured call: it computes when it is replayed, and writes to the memory of the capture."""
+class EmulatedCapture:
+    """Stands in for `CapturedCall`: a replay computes again and writes into the result of the capture."""
 
     log: list[str]
     refuses_draws = False
@@ -53,12 +53,12 @@ class Rehearsed:
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Captures and replays of CudaGraphSession, which runs on the CPU, and has torch draw the tokens there."""
+    """A list of the captures and replays of CudaGraphSession, which runs on the CPU and draws tokens with torch."""
     monkeypatch.setattr(cuda_graphs, "_require_cuda", lambda _: None)
-    monkeypatch.setattr(cuda_graphs, "CapturedCall", Rehearsed)
+    monkeypatch.setattr(cuda_graphs, "CapturedCall", EmulatedCapture)
     monkeypatch.setattr(attention_choice, "TRIALS", 2)
     entries: list[str] = []
-    monkeypatch.setattr(Rehearsed, "log", entries, raising=False)
+    monkeypatch.setattr(EmulatedCapture, "log", entries, raising=False)
     return entries
 
 
@@ -67,7 +67,7 @@ def captured_session(block: str, hybrid: bool = False, dtype: str = "fp32") -> C
     return CudaGraphSession(system_spec(model.config, None, dtype, 2), model, None, "cpu")
 
 
-def test_cuda_graphs_take_cuda() -> None:
+def test_cuda_graphs_need_a_cuda_device() -> None:
     model = small_generator("1x1x4")
     with pytest.raises(EngineError, match="need a CUDA device"):
         CudaGraphSession(system_spec(model.config, None, "fp32", 1), model, None, "cpu")
@@ -76,16 +76,16 @@ def test_cuda_graphs_take_cuda() -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("hybrid", [False, True], ids=["frames", "hybrid"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_replayed_tokens_are_the_eager_ones(block: str, hybrid: bool, dtype: str, log: list[str]) -> None:  # noqa: ARG001
+def test_replayed_tokens_equal_the_eager_ones(block: str, hybrid: bool, dtype: str, log: list[str]) -> None:  # noqa: ARG001
     model = small_model(block, hybrid)
     eager = EagerSession(system_spec(model.config, None, dtype, 2), model, None)
-    eager._attention = dict.fromkeys(eager._token_counts, SDPBackend.MATH)  # the one that both can have here
+    eager._attention = dict.fromkeys(eager._token_counts, SDPBackend.MATH)  # the only one that both have on a CPU
     with captured_session(block, hybrid, dtype) as session:
         for settings in SETTINGS:
-            due = step_by_step(eager, settings)
-            np.testing.assert_array_equal(step_by_step(session, settings), due)
+            expected = step_by_step(eager, settings)
+            np.testing.assert_array_equal(step_by_step(session, settings), expected)
             for _ in range(2):
-                np.testing.assert_array_equal(unrolled(session, settings), due)
+                np.testing.assert_array_equal(unrolled(session, settings), expected)
 
 
 def test_a_loop_is_captured_once_for_each_setting_and_then_replayed(log: list[str]) -> None:
@@ -97,7 +97,7 @@ def test_a_loop_is_captured_once_for_each_setting_and_then_replayed(log: list[st
         log.clear()
 
 
-def test_a_hybrid_reads_its_text_by_the_prefill(log: list[str]) -> None:
+def test_a_hybrid_runs_its_text_through_the_prefill(log: list[str]) -> None:
     session = captured_session("1x1x4", hybrid=True)
     log.clear()
     unrolled(session, GREEDY)
@@ -105,11 +105,11 @@ def test_a_hybrid_reads_its_text_by_the_prefill(log: list[str]) -> None:
 
 
 def test_a_loop_that_cannot_be_captured_replays_its_steps(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rehearsed, "refuses_draws", True)
+    monkeypatch.setattr(EmulatedCapture, "refuses_draws", True)
     with captured_session("1x1x4") as session:
-        due = step_by_step(session, Sampling())
+        expected = step_by_step(session, Sampling())
         log.clear()
-        np.testing.assert_array_equal(unrolled(session, Sampling()), due)
+        np.testing.assert_array_equal(unrolled(session, Sampling()), expected)
         assert log == ["replay step"] * 8
         assert session.notes[-1] == (
             "the draw after 4 tokens could not be captured: "
@@ -120,7 +120,7 @@ def test_a_loop_that_cannot_be_captured_replays_its_steps(log: list[str], monkey
             unrolled(session, GREEDY)
 
 
-def test_notes_tell_the_attention_and_who_draws(log: list[str]) -> None:  # noqa: ARG001
+def test_notes_name_the_attention_kernel_and_why_torch_draws(log: list[str]) -> None:  # noqa: ARG001
     attention, _, drawing = captured_session("1x1x4").notes
     assert attention.startswith("32 tokens: MATH attention: EFFICIENT_ATTENTION RuntimeError: No viable backend")
     assert "MATH " in attention
@@ -130,12 +130,12 @@ def test_notes_tell_the_attention_and_who_draws(log: list[str]) -> None:  # noqa
 def test_a_compiled_step_is_captured_with_the_attention_that_was_fastest(
     log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    calls = []
 
     def compiled(step: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:  # noqa: ARG001
         def call(*tensors: Tensor) -> Any:
             allowed = [torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()]
-            seen.append((tensors[0].shape[1], allowed))
+            calls.append((tensors[0].shape[1], allowed))
             return step(*tensors)
 
         return call
@@ -143,7 +143,7 @@ def test_a_compiled_step_is_captured_with_the_attention_that_was_fastest(
     monkeypatch.setattr(torch, "compile", compiled)
     model = small_generator("1x1x4")
     session = CudaGraphSession(system_spec(model.config, None, "fp32", 1), model, None, "cpu", compiled=True)
-    assert seen == [(4, [False, True])] * WARM_UPS
+    assert calls == [(4, [False, True])] * WARM_UPS
     assert log[-1] == "capture step"
     assert session.notes[2] == "step with 4 tokens compiled with MATH"
 
@@ -158,15 +158,15 @@ def test_the_kernel_is_launched_on_torchs_stream_with_torchs_memory(monkeypatch:
         logits, noise = torch.randn(2, 4, spec.vocab).bfloat16(), torch.rand(2, 4, dtype=torch.float64)
         tokens = kernel.draw(logits, noise, Sampling(top_k=20))
         kernel._device.synchronize()
-        due = sampling.sample(logits.float().numpy(), noise.numpy(), Sampling(top_k=20))
-        np.testing.assert_array_equal(tokens.numpy(), due)
+        expected = sampling.sample(logits.float().numpy(), noise.numpy(), Sampling(top_k=20))
+        np.testing.assert_array_equal(tokens.numpy(), expected)
         kernel.close()
 
 
 # The choice of an attention kernel.
 
 
-def test_the_fastest_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_attention_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = iter(["slow", "fast", "slower"])
     times = {"slow": [2e6], "fast": [1e6], "slower": [3e6]}
     monkeypatch.setattr(attention_choice, "time_calls", lambda _, call, count: times[call(0)])  # noqa: ARG005
@@ -183,7 +183,7 @@ def test_the_fastest_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_what_torch_warns_of_is_no_reason_to_stop() -> None:
+def test_warnings_of_torch_do_not_stop_the_choice() -> None:
     def prepare() -> Callable[[], None]:
         warnings.warn("cuDNN attention kernel not used because:", stacklevel=1)
         raise RuntimeError("No available kernel")
@@ -194,7 +194,7 @@ def test_what_torch_warns_of_is_no_reason_to_stop() -> None:
             fastest_attention(prepare, CPU)
 
 
-def test_an_attention_kernel_is_refused_only_while_cuda_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernels_error_is_noted_only_while_cuda_works(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Callable[[], None]:
         raise RuntimeError("no plan\nfor this mask")
 
@@ -205,12 +205,12 @@ def test_an_attention_kernel_is_refused_only_while_cuda_works(monkeypatch: pytes
         fastest_attention(refuse, CPU)
 
 
-def test_an_eager_session_uses_the_attention_that_was_chosen() -> None:
+def test_an_eager_session_uses_the_chosen_attention_kernel() -> None:
     model = small_generator("1x1x4")
     eager = EagerSession(system_spec(model.config, None, "fp32", 1), model, None)
     with torch.inference_mode():
         choice = fastest_attention(partial(eager._warmed_up_step, 4), CPU)
-    assert choice.kernel == SDPBackend.MATH, "of those that take a mask on a GPU, the CPU has this one"
+    assert choice.kernel == SDPBackend.MATH, "the CPU has only this one of the kernels that accept a mask on a GPU"
     eager._attention[4] = SDPBackend.EFFICIENT_ATTENTION
     eager.prefill(np.zeros((1, 32), np.int64))
     with pytest.raises(RuntimeError, match="No viable backend"):

@@ -1,4 +1,4 @@
-"""What is counted and timed by a device: the bytes of a step, spans, bandwidths, and the machine itself."""
+"""The bytes of a step, times by a device's clock, bandwidths, and the description of the machine."""
 
 import time
 from dataclasses import replace
@@ -21,11 +21,11 @@ def test_a_step_reads_weights_once_and_valid_rows(block: str) -> None:
     C, L, n = 32, model.config.block.size, 2
     tables = model.tok_emb.weight.numel() + model.pos_emb.numel()
     weights = sum(p.numel() for p in model.parameters()) - tables
-    rows = 2 * n * C * 3 * (40 + L)  # keys and values of each of three clips
+    rows = 2 * n * C * 3 * (40 + L)  # keys and values of three clips
     assert device.step_bytes(spec, [30, 50]) == 2 * (weights + rows + 2 * 3 * L * C)
 
 
-def test_spans_and_bandwidth_on_the_hosts_clock() -> None:
+def test_times_and_bandwidth_by_the_hosts_clock() -> None:
     times = device.time_calls(CPU, lambda i: time.sleep(0.01 * (i + 1)), 2)
     assert 10e6 <= times[0] < times[1]
     assert times[1] >= 20e6
@@ -33,13 +33,17 @@ def test_spans_and_bandwidth_on_the_hosts_clock() -> None:
     assert device.peak_bandwidth(CPU) is None
 
 
-def test_a_gpu_is_described_by_the_drivers_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_smi_describes_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.describe().gpu is None
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA Some GPU, 81559, 580.1.2'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    found = machine.describe()
-    assert (found.gpu, found.gpu_memory_bytes, found.driver) == ("NVIDIA Some GPU", 81559 * 2**20, "580.1.2")
-    assert "onnxruntime " in found.versions
+    description = machine.describe()
+    assert (description.gpu, description.gpu_memory_bytes, description.driver) == (
+        "NVIDIA Some GPU",
+        81559 * 2**20,
+        "580.1.2",
+    )
+    assert "onnxruntime " in description.versions

@@ -1,4 +1,4 @@
-"""All that the process of a GPU's engines does, on tensors that refuse to mix with the CPU's: no GPU is needed."""
+"""Everything that the worker process of a GPU does, on the fake device of far_device.py, without a GPU."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,12 +19,12 @@ from nbp_export.sources import Source, random_generator
 from nbp_reference.config import TOKENIZERS, BlockShape, Latent, ModelConfig
 from nbp_reference.tokenizer import VideoTokenizer
 from tests.bench.far_device import Far, far_device
-from tests.bench.test_cuda_graphs import Rehearsed
+from tests.bench.test_cuda_graphs import EmulatedCapture
 from tests.bench.test_failures import Here
 
 
 def small(request: Request) -> Source:
-    """A model small enough for tensors that are slow."""
+    """Return a model that is small enough for the slow tensors of the fake device."""
     torch.manual_seed(0)
     tokenizer = VideoTokenizer(TOKENIZERS["nbp-tiny"]).eval()
     vocab, latent, block = tokenizer.config.vocab, Latent(3, 4, 4), BlockShape(1, 1, 1)
@@ -35,8 +35,8 @@ def small(request: Request) -> Source:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(sources, "find", small)
-    monkeypatch.setattr(cuda_graphs, "CapturedCall", Rehearsed)
-    monkeypatch.setattr(Rehearsed, "log", [], raising=False)
+    monkeypatch.setattr(cuda_graphs, "CapturedCall", EmulatedCapture)
+    monkeypatch.setattr(EmulatedCapture, "log", [], raising=False)
     with far_device():
         yield Host()
 
@@ -46,7 +46,7 @@ def case(engine: str, dtype: str, block: str = "4", batch: int = 1) -> Case:
     return Case(Subject(request), engines()[engine], dtype, batch, "cuda")
 
 
-def test_far_tensors_do_not_mix_with_near_ones() -> None:
+def test_operations_on_far_and_near_tensors_are_refused() -> None:
     with far_device():
         far = torch.arange(6, device="cuda").view(2, 3)
         assert isinstance(far, Far)
@@ -64,17 +64,17 @@ def test_far_tensors_do_not_mix_with_near_ones() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("engine", ["naive", "eager", "cudagraph"])
-def test_an_engine_from_its_weights_to_its_clips(engine: str, dtype: str, host: Host) -> None:
+def test_an_engine_from_weights_to_clips(engine: str, dtype: str, host: Host) -> None:
     one = case(engine, dtype, batch=2)
     identify(host, one.subject.request)  # type: ignore[arg-type]
     open_case(host, one, None, None)
     session = host.session(one)
     assert session.generator.pos_emb.device.type == "cuda"
-    found = measure.parity(host, one, None)
-    assert (found is None) == (engine == "naive")
-    if found:
-        assert found.error <= found.allowed
-        assert found.checks > 8
+    parity = measure.parity(host, one, None)
+    assert (parity is None) == (engine == "naive")
+    if parity:
+        assert parity.error <= parity.allowed
+        assert parity.checks > 8
         assert measure.step_times(host, one, 3, None)
     condition = np.random.default_rng(0).random((2, 3, session.spec.condition_frames, *session.spec.video[1:]))
     settings = (condition.astype(np.float32), None, 0)
@@ -86,7 +86,7 @@ def test_an_engine_from_its_weights_to_its_clips(engine: str, dtype: str, host: 
 
 
 def test_sessions_of_other_blocks_share_the_weights(host: Host) -> None:
-    """As the engines of a dtype do on a GPU, one after another, and two at once."""
+    """Engines of a dtype share weights on a GPU, one after another and two at once."""
     for block in ("4", "16", "1"):
         pair = [case("eager", "bf16", block), case("cudagraph", "bf16", block)]
         for one in pair:
@@ -94,19 +94,19 @@ def test_sessions_of_other_blocks_share_the_weights(host: Host) -> None:
         generators = {id(host.session(one).generator) for one in pair}
         assert len(host.models) == len(generators) == 1
         for one in pair:
-            found = measure.parity(host, one, None)
-            assert found
-            assert found.error <= found.allowed
+            parity = measure.parity(host, one, None)
+            assert parity
+            assert parity.error <= parity.allowed
             close_case(host, one)
 
 
 def present(device: str) -> None:
-    """It runs here, whatever torch finds."""
+    """Return None: the engine can run on the fake device."""
 
 
 @pytest.mark.usefixtures("host")
 def test_a_run_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every engine of a GPU's run that needs no library of its own, and those that are refused, with every number."""
+    """Engines that need no further library are measured completely; the others are rows with a reason."""
     monkeypatch.setattr(sweep, "Worker", Here)
     monkeypatch.setattr(Here, "log", [], raising=False)
     monkeypatch.setattr(Here, "trouble", staticmethod(lambda *_: None), raising=False)

@@ -1,4 +1,4 @@
-"""One row of a run: what was measured before a failure counts, and what failed says so."""
+"""One row of a run: measurements before a failure are kept, and the failure is recorded."""
 
 from pathlib import Path
 
@@ -33,22 +33,22 @@ def recorded(engine: str, clips: list[Result], failure: str = "", reference: lis
 
 
 def test_a_failure_before_the_first_clip_is_the_reason() -> None:
-    found = recorded("eager", [], "its process died")
-    assert found.not_measured == "its process died"
-    assert found.fps is None
-    assert found.role == "reference"
+    record = recorded("eager", [], "its process died")
+    assert record.not_measured == "its process died"
+    assert record.fps is None
+    assert record.role == "reference"
 
 
 def test_a_failure_after_some_clips_is_a_note() -> None:
-    found = recorded("cudagraph", [clip(), clip()], "the time limit was reached", [clip()])
-    assert found.not_measured is None
-    assert found.total_ns == [7, 7]
-    assert found.loop_ns == [5, 5]
-    assert found.notes == ["it stopped after 2 clips: the time limit was reached"]
-    assert found.token_agreement == 1  # of the one clip that both have
+    record = recorded("cudagraph", [clip(), clip()], "the time limit was reached", [clip()])
+    assert record.not_measured is None
+    assert record.total_ns == [7, 7]
+    assert record.loop_ns == [5, 5]
+    assert record.notes == ["it stopped after 2 clips: the time limit was reached"]
+    assert record.token_agreement == 1  # compares the one clip that both have
 
 
 def test_a_row_is_in_the_dtype_of_its_case_and_names_its_machine() -> None:
-    found = recorded("compiled", [clip()])
-    assert (found.dtype, found.block, found.steps, found.token_agreement) == ("bf16", "1x16x16", 3, None)
-    assert found.machine == describe().machine
+    record = recorded("compiled", [clip()])
+    assert (record.dtype, record.block, record.steps, record.token_agreement) == ("bf16", "1x16x16", 3, None)
+    assert record.machine == describe().machine

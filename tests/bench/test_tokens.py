@@ -1,4 +1,4 @@
-"""The claim behind every table: same noise, same tokens, whichever engine draws them."""
+"""All engines draw the same tokens from the same noise, which every table relies on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ def test_tiny_clips_are_identical_in_all_engines(block: str, sampling: Sampling,
         clips = {name: Generator(session, sampling).predict(given) for name, session in opened.items()}  # type: ignore[arg-type]
     for clip in clips.values():
         np.testing.assert_array_equal(clip.tokens, clips["eager"].tokens)
-        # The videos differ by the decoders' rounding at most.
+        # The videos differ only by the rounding of the decoders.
         np.testing.assert_allclose(clip.video, clips["eager"].video, atol=1e-4)
         assert clip.video.shape == (1, 3, 12, 128, 128)
 
@@ -58,13 +58,13 @@ def test_agreement_counts_predicted_tokens_and_finds_the_first_that_differs(tiny
     ours = np.zeros((2, spec.clip_tokens), np.int64)
     theirs = ours.copy()
     assert agreement(ours, theirs, spec) == (1.0, None)
-    theirs[:, : spec.condition_tokens] = 5  # what was given does not count
+    theirs[:, : spec.condition_tokens] = 5  # given tokens do not count
     theirs[1, spec.block_order()[spec.condition_tokens + 3]] = 1
     assert agreement(ours, theirs, spec) == (1 - 1 / (2 * 768), 3)
 
 
 @pytest.mark.parametrize("size", golden.SIZES)
-def test_the_self_check_passes_here_and_fails_where_a_token_differs(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_check_passes_and_fails_if_a_token_differs(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert golden.agreement(size) == 1
     model = golden.golden_model(size)
     model.pos_emb.data.mul_(1.5)

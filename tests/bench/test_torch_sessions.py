@@ -1,4 +1,4 @@
-"""The PyTorch engines, ours and the authors' way, agree with the reference and with each other."""
+"""The PyTorch engines agree with the reference and with each other."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def tokens_of(
     kind: type[EagerSession] | type[NaiveSession], model: NextBlockTransformer, settings: Sampling
 ) -> np.ndarray:
     with kind(system_spec(model.config, None, "fp32", batch=2), model, None) as session:
-        step_by_step(session, settings)  # a session starts over with every clip
+        step_by_step(session, settings)  # the first clip must not change the second
         return step_by_step(session, settings)
 
 
@@ -72,7 +72,7 @@ def test_naive_and_eager_generate_the_same(block: str, settings: Sampling) -> No
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_greedy_tokens_are_the_full_forwards_own_choice(block: str) -> None:
+def test_greedy_tokens_equal_the_argmax_of_the_full_forward(block: str) -> None:
     model = small_generator(block)
     order = model.config.block.order(model.config.latent)
     in_block_order = torch.from_numpy(tokens_of(EagerSession, model, GREEDY)[:, order])
@@ -113,7 +113,7 @@ def test_naive_runs_in_half_precision(dtype: str) -> None:
         np.testing.assert_array_equal(drawn, sampling.sample(np.asarray(ours), noise, Sampling()))
 
 
-def test_logits_off_the_host_are_drawn_by_torch_as_numpy_draws() -> None:
+def test_torch_draws_from_device_logits_as_numpy_does() -> None:
     model = small_generator("1x1x4")
     spec = system_spec(model.config, None, "bf16", 1)
     with EagerSession(spec, model, None) as eager:
@@ -125,14 +125,14 @@ def test_logits_off_the_host_are_drawn_by_torch_as_numpy_draws() -> None:
     np.testing.assert_array_equal(drawn, sampling.sample(np.asarray(logits), noise, Sampling(top_k=20)))
 
 
-def test_caches_come_and_go_by_name() -> None:
+def test_caches_are_written_and_read_by_name() -> None:
     model = small_generator("1x1x4")
     eager = EagerSession(system_spec(model.config, None, "bf16", 1), model, None)
     given = {t.name: np.full(t.shape, i / 8, np.float32) for i, t in enumerate(eager.spec.caches())}
     eager.write_states(given)
-    found = eager.read_states()
-    assert found.keys() == given.keys()
-    assert all((found[name] == given[name]).all() for name in given)
+    actual = eager.read_states()
+    assert actual.keys() == given.keys()
+    assert all((actual[name] == given[name]).all() for name in given)
     assert (eager.read_states()["v_cache_1"] == 3 / 8).all()
 
 
@@ -141,7 +141,7 @@ def test_caches_come_and_go_by_name() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("hybrid", [False, True], ids=["frames", "hybrid"])
-def test_the_fused_step_is_the_references_at_every_position(block: str, hybrid: bool) -> None:
+def test_the_fused_step_equals_the_references_at_every_position(block: str, hybrid: bool) -> None:
     model = small_model(block, hybrid)
     spec = system_spec(model.config, None, "fp32", 2)
     eager, rng = EagerSession(spec, model, None), np.random.default_rng(1)
@@ -156,11 +156,11 @@ def test_the_fused_step_is_the_references_at_every_position(block: str, hybrid: 
                     torch.from_numpy(tokens), torch.from_numpy(cache_pos), caches[::2], caches[1::2], tensor_scatter_
                 )[0]
             assert compare("", "", "", eager.step(tokens, cache_pos), expected.numpy(), 5e-5).passed
-            for ours, due in zip(eager.read_states().values(), caches, strict=True):
-                assert compare("", "", "", ours, due.numpy(), 5e-5).passed
+            for ours, expected in zip(eager.read_states().values(), caches, strict=True):
+                assert compare("", "", "", ours, expected.numpy(), 5e-5).passed
 
 
-def test_clips_of_a_batch_may_stand_at_other_positions() -> None:
+def test_clips_of_a_batch_may_be_at_different_positions() -> None:
     model = small_generator("1x1x4")
     together = EagerSession(system_spec(model.config, None, "fp32", 2), model, None)
     alone = EagerSession(system_spec(model.config, None, "fp32", 1), model, None)
@@ -169,9 +169,9 @@ def test_clips_of_a_batch_may_stand_at_other_positions() -> None:
         session.prefill(rows[:, :32])
     alone.step(tokens[1:, 32:36], np.array([32]))
     together.step(tokens[:, 32:36], np.array([32, 32]))
-    due = alone.step(tokens[1:, 36:], np.array([36]))
-    found = together.step(tokens[:, 36:], np.array([32, 36]))
-    assert compare("", "", "", found[1:], due, 5e-5).passed
+    expected = alone.step(tokens[1:, 36:], np.array([36]))
+    actual = together.step(tokens[:, 36:], np.array([32, 36]))
+    assert compare("", "", "", actual[1:], expected, 5e-5).passed
 
 
 @pytest.mark.parametrize("hybrid", [False, True], ids=["frames", "hybrid"])
@@ -209,19 +209,19 @@ def test_projections_are_joined_once_in_the_parameters_own_memory() -> None:
 def test_a_model_that_moved_is_joined_again() -> None:
     model = small_generator("1x1x4")
     spec = system_spec(model.config, None, "fp32", 1)
-    due = EagerSession(spec, model, None).prefill(np.ones((1, 32), np.int64))
+    expected = EagerSession(spec, model, None).prefill(np.ones((1, 32), np.int64))
     EagerSession(replace(spec, dtype="bf16"), model, None)
     with torch.no_grad():
         for name, value in small_generator("1x1x4").state_dict().items():
             model.get_parameter(name).data = value
-    np.testing.assert_array_equal(EagerSession(spec, model, None).prefill(np.ones((1, 32), np.int64)), due)
+    np.testing.assert_array_equal(EagerSession(spec, model, None).prefill(np.ones((1, 32), np.int64)), expected)
 
 
 # The loop on the device.
 
 
 @pytest.mark.parametrize("hybrid", [False, True], ids=["frames", "hybrid"])
-def test_the_generator_unrolls_what_can_be_unrolled(hybrid: bool) -> None:
+def test_the_generator_unrolls_sessions_that_can(hybrid: bool) -> None:
     model = small_model("1x2x2", hybrid)
     spec = system_spec(model.config, None, "fp32", 2)
     eager = EagerSession(spec, model, None)
@@ -234,7 +234,7 @@ def test_the_generator_unrolls_what_can_be_unrolled(hybrid: bool) -> None:
 
 
 def unrolled(session: EagerSession, settings: Sampling) -> np.ndarray:
-    """What `step_by_step` makes, by `unroll`."""
+    """Return the tokens of `step_by_step`, made by `unroll`."""
     spec, condition, order = session.spec, condition_of(session), session.spec.block_order()
     noise = np.stack(
         [np.stack([uniforms(3, b, i, spec.block_size) for b in range(spec.batch)]) for i in range(spec.blocks)]
@@ -242,28 +242,28 @@ def unrolled(session: EagerSession, settings: Sampling) -> np.ndarray:
     given = 0 if spec.hybrid else spec.condition_tokens
     clip = np.zeros((spec.batch, spec.clip_tokens), np.int64)
     clip[:, :given] = condition[:, :given]
-    told = condition + spec.block_size if spec.hybrid else clip[:, order[:given]]
-    clip[:, order[given:]] = session.unroll(told, noise, settings)
+    prefix = condition + spec.block_size if spec.hybrid else clip[:, order[:given]]
+    clip[:, order[given:]] = session.unroll(prefix, noise, settings)
     return clip
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("hybrid", [False, True], ids=["frames", "hybrid"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])  # tokens drawn by numpy, and by torch
-def test_unrolled_tokens_are_those_made_step_by_step(block: str, hybrid: bool, dtype: str) -> None:
+def test_unrolled_tokens_equal_those_made_step_by_step(block: str, hybrid: bool, dtype: str) -> None:
     model = small_model(block, hybrid)
     with EagerSession(system_spec(model.config, None, dtype, 2), model, None) as session:
         for settings in SETTINGS:
-            due = step_by_step(session, settings)
+            expected = step_by_step(session, settings)
             first = unrolled(session, settings)
-            np.testing.assert_array_equal(first, due)
-            np.testing.assert_array_equal(unrolled(session, settings), due)
-            np.testing.assert_array_equal(first, due, "a clip changed when the next was made")
+            np.testing.assert_array_equal(first, expected)
+            np.testing.assert_array_equal(unrolled(session, settings), expected)
+            np.testing.assert_array_equal(first, expected, "a clip changed when the next was made")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hybrid", [False, True], ids=["frames", "hybrid"])
-def test_the_compiled_step_is_the_same(hybrid: bool) -> None:
+def test_the_compiled_step_computes_the_same(hybrid: bool) -> None:
     def outputs(compiled: bool, model: NextBlockTransformer) -> list[np.ndarray]:
         spec = system_spec(model.config, None, "fp32", 2)
         engine = EagerSession(spec, model, None, compiled=compiled)
@@ -274,5 +274,5 @@ def test_the_compiled_step_is_the_same(hybrid: bool) -> None:
         return [*(s.copy() for s in steps), *engine.read_states().values(), unrolled(engine, Sampling())]
 
     model = small_model("1x1x4", hybrid)
-    for ours, due in zip(outputs(True, model), outputs(False, model), strict=True):
-        assert compare("", "", "", ours, due, 5e-5).passed
+    for ours, expected in zip(outputs(True, model), outputs(False, model), strict=True):
+        assert compare("", "", "", ours, expected, 5e-5).passed

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `make gpu` runs these after it has measured."""
+"""Tests that need a GPU; `make gpu` runs them after its measurements."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ Kind = type[NaiveSession] | type[EagerSession]
 
 @pytest.fixture(autouse=True)
 def exact_fp32() -> Iterator[None]:
-    """No TF32 in these tests: fp32 is compared with fp32."""
+    """Turn TF32 off, so that fp32 is compared with fp32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -44,7 +44,7 @@ def exact_fp32() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", [NaiveSession, EagerSession, CudaGraphSession])
 @pytest.mark.parametrize("size", [1, 16])
-def test_the_authors_own_tokens(kind: Kind, size: int) -> None:
+def test_greedy_tokens_equal_the_authors_golden_tokens(kind: Kind, size: int) -> None:
     golden, model = np.load(folder() / f"k600_L{size}.npz"), golden_model(size)
     condition = golden["tokens"][:, : model.config.condition_tokens]
     with kind(system_spec(model.config, None, "fp32", 1), model, None, "cuda") as session:
@@ -54,14 +54,14 @@ def test_the_authors_own_tokens(kind: Kind, size: int) -> None:
 
 
 def step_by_step(session: EagerSession, condition: np.ndarray, settings: Sampling) -> np.ndarray:
-    """Predicted tokens [B,blocks·L] in block order."""
+    """Return the predicted tokens [B,blocks·L] in block order."""
     for clip in Generator(session, settings, seed=3).blocks(condition):
         tokens = clip
     return tokens[:, session.spec.block_order()][:, -session.spec.blocks * session.spec.block_size :]
 
 
 def unrolled(session: EagerSession, condition: np.ndarray, settings: Sampling) -> np.ndarray:
-    """The same by `unroll`; the condition of these models is in block order already."""
+    """Return the same tokens, made by `unroll`; the condition of these models is already in block order."""
     spec = session.spec
     noise = [[uniforms(3, b, block, spec.block_size) for b in range(spec.batch)] for block in range(spec.blocks)]
     given = condition + spec.block_size if spec.hybrid else condition
@@ -70,33 +70,33 @@ def unrolled(session: EagerSession, condition: np.ndarray, settings: Sampling) -
 
 @pytest.mark.parametrize("kind", [EagerSession, CudaGraphSession])
 @pytest.mark.parametrize("size", [1, 16])
-def test_unrolled_tokens_are_those_made_step_by_step(kind: type[EagerSession], size: int) -> None:
+def test_unrolled_tokens_equal_those_made_step_by_step(kind: type[EagerSession], size: int) -> None:
     model = golden_model(size)
     spec = system_spec(model.config, None, "fp32", 2)
     condition = np.random.default_rng(0).integers(0, spec.vocab, (2, spec.condition_tokens))
     with kind(spec, model, None, "cuda") as session:
         for settings in (Sampling(), GREEDY):
-            due = step_by_step(session, condition, settings)
+            expected = step_by_step(session, condition, settings)
             for _ in range(2):
-                np.testing.assert_array_equal(unrolled(session, condition, settings), due)
+                np.testing.assert_array_equal(unrolled(session, condition, settings), expected)
         assert not [note for note in session.notes if "not be captured" in note]
 
 
-def test_a_hybrid_unrolls_too() -> None:
+def test_a_hybrid_unrolls() -> None:
     config = replace(MODELS["nbp-tiny-hybrid"], layers=2).with_block("16")
     model = NextBlockTransformer(config)
     model.reset(0)
     spec = system_spec(config, None, "fp32", 1)
     text = np.arange(8)[None] % spec.text_vocab
     with CudaGraphSession(spec, model, None, "cuda") as session:
-        due = step_by_step(session, text, Sampling())
-        np.testing.assert_array_equal(unrolled(session, text, Sampling()), due)
+        expected = step_by_step(session, text, Sampling())
+        np.testing.assert_array_equal(unrolled(session, text, Sampling()), expected)
         assert not [note for note in session.notes if "not be captured" in note]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_captured_logits_are_the_eager_ones(compiled: bool, dtype: str) -> None:
+def test_captured_logits_equal_the_eager_ones(compiled: bool, dtype: str) -> None:
     if compiled:
         pytest.importorskip("triton")
         if not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -108,12 +108,12 @@ def test_captured_logits_are_the_eager_ones(compiled: bool, dtype: str) -> None:
     eager = EagerSession(spec, model, None, "cuda")
     with CudaGraphSession(spec, model, None, "cuda", compiled=compiled) as session:
         for given, position in ((tokens[:, :P], 0), (tokens[:, P : P + 16], P), (tokens[:, P + 16 : P + 32], P + 16)):
-            found, due = (np.asarray(s.step(given, np.array([position]))) for s in (session, eager))
-            assert compare("", "", "", found, due, 5e-5 if dtype == "fp32" else 3e-2).passed
+            actual, expected = (np.asarray(s.step(given, np.array([position]))) for s in (session, eager))
+            assert compare("", "", "", actual, expected, 5e-5 if dtype == "fp32" else 3e-2).passed
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 5e-5), ("fp16", 1e-2), ("bf16", 5e-2)])
-def test_a_tokenizer_with_channels_last_is_the_plain_one(dtype: str, tolerance: float) -> None:
+def test_a_tokenizer_with_channels_last_computes_the_same(dtype: str, tolerance: float) -> None:
     torch.manual_seed(0)
     tokenizer, config = VideoTokenizer(TOKENIZERS["nbp-tiny"]), replace(TINY, layers=1).with_block("16")
     spec, model = system_spec(config, tokenizer.config, dtype, 2), NextBlockTransformer(config)
@@ -122,7 +122,7 @@ def test_a_tokenizer_with_channels_last_is_the_plain_one(dtype: str, tolerance: 
     video = rng.random((2, 3, spec.condition_frames, *spec.video[1:]), np.float32)
     plain, ours = (EagerSession(spec, model, tokenizer, "cuda", channels_last=on) for on in (False, True))
     assert compare("", "", "", ours.decode(tokens), plain.decode(tokens), tolerance).passed
-    # Codes may differ where rounding decides between two of them, which half precision makes frequent.
+    # A code may differ if rounding decides between two codes, which is frequent in half precision.
     assert (ours.encode(video) == plain.encode(video)).mean() > (0.99 if dtype == "fp32" else 0.8)
 
 
@@ -136,8 +136,8 @@ def test_the_kernel_draws_as_numpy_does(dtype: str, settings: Sampling) -> None:
         for spread in (0.1, 3.0, 30.0):
             on_device = torch.randn(2, 16, config.vocab, device="cuda", dtype=TORCH_DTYPES[dtype]) * spread
             noise, logits = rng.random((2, 16)), DeviceLogits(on_device)
-            due = sampling.sample(np.asarray(logits), noise, settings)
-            np.testing.assert_array_equal(session.sample(logits, noise, settings), due)
+            expected = sampling.sample(np.asarray(logits), noise, settings)
+            np.testing.assert_array_equal(session.sample(logits, noise, settings), expected)
 
 
 @pytest.mark.parametrize(
@@ -146,22 +146,22 @@ def test_the_kernel_draws_as_numpy_does(dtype: str, settings: Sampling) -> None:
 )
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_bundled_model_passes_every_check(engine: str, dtype: str, batch: int) -> None:
-    """As the bench holds its engines against the reference, in fp32 too, whose tolerance is the strictest."""
+    """Compare engines with the reference as the bench does, also in fp32, which has the strictest tolerance."""
     case = Case(Subject(Request(block="16")), engines()[engine], dtype, batch, "cuda")
     if why := case.refusal():
         pytest.skip(why)
     host = Host()
     open_case(host, case, None, None)
-    found = measure.parity(host, case, None)
+    parity = measure.parity(host, case, None)
     host.close()
-    assert found
-    assert found.error <= found.allowed, found
+    assert parity
+    assert parity.error <= parity.allowed, parity
 
 
-# What the process of an engine meets.
+# Errors in a worker process.
 
 
-def pid(host: Host) -> int:  # noqa: ARG001 - every call has a host
+def pid(host: Host) -> int:  # noqa: ARG001 - every function takes a host
     return os.getpid()
 
 
@@ -173,13 +173,13 @@ def read_beyond_the_end(host: Host) -> None:  # noqa: ARG001
     torch.zeros(2, device="cuda")[torch.tensor([5], device="cuda")].cpu()
 
 
-def test_a_process_is_replaced_only_when_cuda_has_failed_in_it() -> None:
+def test_a_process_is_replaced_only_if_cuda_has_failed_in_it() -> None:
     worker = Worker()
     try:
         first = worker.call(pid)
         with pytest.raises(WorkerError, match="OutOfMemoryError"):
             worker.call(ask_for_too_much)
-        assert worker.call(pid) == first, "the models that it holds are worth keeping"
+        assert worker.call(pid) == first, "the process must keep its models"
         with pytest.raises(WorkerError, match="assert"):
             worker.call(read_beyond_the_end)
         assert worker.call(pid) != first
