@@ -152,7 +152,7 @@ def trt(
     """
     from nbp_export.trt_library import Options
 
-    options_of_build = Options(
+    build_options = Options(
         builder=builder,
         arch=arch,
         compatibility=compatibility,
@@ -161,7 +161,7 @@ def trt(
         level=level,
         timing_cache=timing_cache,
     )
-    _export(engines=options_of_build, check=check, **options)
+    _export(engines=build_options, check=check, **options)
 
 
 def _export(

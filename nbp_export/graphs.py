@@ -112,9 +112,8 @@ def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> "ir.
         free = {1: torch.export.Dim(FREE, min=size + 1, max=slots)}
         shapes = {"tokens": free, "cache_pos": None, "caches": tuple(None for _ in example[2:])}
         traced = torch.export.export(module.eval(), example, dynamic_shapes=shapes)
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
-        logging.ERROR
-    )  # it warns that torchvision is missing
+    # This logger warns that torchvision is missing, which is not needed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # from torch itself, about its pytrees
         warnings.filterwarnings("ignore", category=DeprecationWarning)

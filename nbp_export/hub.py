@@ -30,10 +30,10 @@ _STORAGE_ERRORS = {
 
 
 def fetch(path: Path) -> Path:
-    """Return an existing path as it is; download any other one, or find it in the cache, as a file on the Hub.
+    """Return a local path for a path or an id on the Hub. A file on the Hub is downloaded unless it is in the cache.
 
-    An id on the Hub has the form `ORG/REPO[@REVISION][/FILE]`. FILE may be left out if the repository holds exactly one
-    checkpoint.
+    A path that exists is returned unchanged. An id on the Hub has the form `ORG/REPO[@REVISION][/FILE]`. FILE may be
+    left out if the repository holds exactly one checkpoint.
 
     Raises NbpError if the path neither exists nor has this form, if the Hub has no such repository or file, denies
     access, fails or cannot be reached, or if the cache cannot store the file.
@@ -62,7 +62,7 @@ def fetch(path: Path) -> Path:
     checkpoints = [name for name in files if name.endswith(_SUFFIXES)]
     matches = [name for name in files if name == file] if file else checkpoints
     if len(matches) != 1:
-        choices = ", ".join(f"{repo}/{name}" for name in checkpoints) or "another repository, for it has no checkpoint"
+        choices = ", ".join(f"{repo}/{name}" for name in checkpoints) or "another repository, as it has no checkpoint"
         raise NbpError(f"{text} does not name one checkpoint on the Hub: choose {choices}")
     return _download(repo, revision, matches[0])
 
@@ -95,8 +95,8 @@ def _list_files(repo: str, revision: str | None) -> list[str]:
         raise NbpError(f"{repo} on the Hub has no revision {revision}: choose another, or leave it out") from error
     except Exception as error:  # a network error, whose class depends on the version of the library
         status = _status(error)
-        why = f"the Hub answered {status}" if status else f"the Hub cannot be reached ({_first_line(error)})"
-        raise ConnectionError(why) from error
+        problem = f"the Hub answered {status}" if status else f"the Hub cannot be reached ({_first_line(error)})"
+        raise ConnectionError(problem) from error
 
 
 def _download(repo: str, revision: str | None, file: str) -> Path:
@@ -128,7 +128,7 @@ def _silent_library() -> Iterator[None]:
 
 
 def _reason(error: Exception, repo: str) -> str:
-    """Return why a file of a repository cannot be had, and what to do about it."""
+    """Return why a file of a repository is not available, and what to do about it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import DisabledRepoError, EntryNotFoundError, GatedRepoError
 

@@ -103,7 +103,7 @@ def _weight_bytes(source: Source, dtype: str) -> int:
 
 
 def parse_only(source: Source, options: Options, dtype: str, batch: int, report: Report) -> dict[str, Counter[str]]:
-    """Trace, lint and parse the graphs from which `export` would build TensorRT engines; write nothing.
+    """Trace, lint and parse the graphs from which `export` would build TensorRT engines; leave no files.
 
     Returns the number of TensorRT's layers by type, for each graph file. The source cannot be used afterwards.
 
@@ -136,7 +136,7 @@ def _working_folder(out: Path) -> Iterator[Path]:
     with ExitStack() as locks:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with locked(out.parent, wait=True):  # nobody may remove a folder between its creation and its lock
+            with locked(out.parent, wait=True):  # no other export may remove a folder before it is locked
                 for leftover in out.parent.glob(f"{glob.escape(prefix)}????????"):
                     with locked(leftover) as abandoned:
                         if abandoned:

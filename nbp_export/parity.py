@@ -96,7 +96,7 @@ class Check:
 
 
 def compare(graph: str, at: str, name: str, actual: np.ndarray, expected: np.ndarray, tolerance: float) -> Check:
-    """Return the largest error of `actual`, relative to the largest expected magnitude or to 1 if that is smaller."""
+    """Return the largest error of `actual`, relative to the largest expected magnitude or, if larger, to 1."""
     if not tolerance and np.array_equal(actual, expected):  # a fast path for the common case
         return Check(graph, at, tolerance, 0.0, f"{name}[...]: all equal")
     scale = max(1.0, float(np.abs(expected).max()))

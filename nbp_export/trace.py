@@ -164,7 +164,7 @@ class _TracedSession(GraphSession):
         """Do nothing: only the calls of the loop change the states."""
 
     def read_states(self) -> dict[str, np.ndarray]:
-        """Return nothing, because nobody reads the states."""
+        """Return nothing, because the loop does not read the states."""
         return {}
 
     def close(self) -> None:
