@@ -24,16 +24,16 @@ def bundle_for(
     Raises UsageError if the bundle of an earlier run cannot be used any more, WorkerError if the export fails or takes
     longer than `seconds`.
     """
-    if case.subject.bundle:
-        return Bundle.open(case.subject.bundle)
+    if case.candidate.bundle:
+        return Bundle.open(case.candidate.bundle)
     runtime = case.engine.runtime
     assert runtime
-    assert case.subject.request
+    assert case.candidate.request
     folder = _folder(case, identity, plan)
     if not folder.exists():
         began = time.monotonic()
         report(f"{case}: export {folder.name}")
-        arguments = (case.subject.request, case.dtype, case.batch, runtime, folder)
+        arguments = (case.candidate.request, case.dtype, case.batch, runtime, folder)
         try:
             worker.call(host.export_bundle, *arguments, seconds=seconds)
             report(f"{case}: exported and proven in {time.monotonic() - began:.0f} s")
@@ -48,7 +48,7 @@ def check_space(cases: Sequence[tuple[Case, Identity]], plan: Plan) -> None:
     nbytes = 0
     for case, identity in cases:
         runtime = case.engine.runtime
-        if runtime and case.subject.request and not case.refusal() and not _folder(case, identity, plan).exists():
+        if runtime and case.candidate.request and not case.refusal() and not _folder(case, identity, plan).exists():
             copies = 2 if runtime.runs_engines else 1  # the graphs' weights, and those inside the TensorRT engines
             nbytes += copies * BYTES[case.dtype] * identity.parameters
     require_space(_parent(plan), nbytes)

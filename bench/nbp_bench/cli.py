@@ -23,7 +23,7 @@ MOST_CLIPS = 1024  # per batch; a larger number is a typing error
 MOST_THREADS = 1024
 
 if TYPE_CHECKING:
-    from nbp_bench.plan import Plan, Subject
+    from nbp_bench.plan import Candidate, Plan
 
 
 GREEDY_HELP = f"Values below {LEAST_TEMPERATURE:g} mean greedy sampling."
@@ -164,7 +164,7 @@ def _plan(
     all_engines = table_of_engines()
     chosen = _listed("--engines", engines or DEFAULT_ENGINES[defaults_for], all_engines)
     return Plan(
-        subjects=_bundles(bundles, model) if bundles else _models(**model),
+        candidates=_bundles(bundles, model) if bundles else _models(**model),
         engines=[all_engines[name] for name in chosen],
         dtypes=_listed("--dtype", dtypes or DEFAULT_DTYPE[defaults_for], [name for name in BYTES if name != "int64"]),
         batches=[_batch(text) for text in _items("--batch", batches or "1")],
@@ -207,14 +207,14 @@ def _batch(text: str) -> int:
     return int(text)
 
 
-def _bundles(folders: Sequence[Path], model: dict[str, Any]) -> "list[Subject]":
+def _bundles(folders: Sequence[Path], model: dict[str, Any]) -> "list[Candidate]":
     """Return the given bundles. Raises UsageError for an option that names a model as well."""
-    from nbp_bench.plan import Subject
+    from nbp_bench.plan import Candidate
     from nbp_export.inspect import open_unproven
 
     if names := [f"--{name.replace('_', '-')}" for name, value in model.items() if value]:
         raise UsageError(f"a bundle already holds its model: leave out {', '.join(names)}")
-    return [Subject(bundle=folder, spec=open_unproven(folder).manifest.spec) for folder in folders]
+    return [Candidate(bundle=folder, spec=open_unproven(folder).manifest.spec) for folder in folders]
 
 
 def _models(
@@ -226,12 +226,12 @@ def _models(
     ema: bool,
     weights: str | None,
     timing_only: bool,
-) -> "list[Subject]":
+) -> "list[Candidate]":
     """Return a model for each block.
 
     Raises UsageError if no block is named, or if a checkpoint is for a block that is not.
     """
-    from nbp_bench.plan import Subject
+    from nbp_bench.plan import Candidate
     from nbp_export.request import Request
 
     lists = {"--sizes": sizes, "--blocks": blocks}
@@ -261,7 +261,7 @@ def _models(
         )
         for block in block_texts
     ]
-    return [Subject(request) for request in requests]
+    return [Candidate(request) for request in requests]
 
 
 def _number(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:  # noqa: ARG001

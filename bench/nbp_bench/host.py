@@ -19,7 +19,7 @@ from nbp_engines.spec import SystemSpec
 if TYPE_CHECKING:
     import torch
 
-    from nbp_bench.plan import Case, Subject
+    from nbp_bench.plan import Candidate, Case
     from nbp_export.parity import Check
     from nbp_export.request import Request
     from nbp_export.sources import Source
@@ -191,7 +191,7 @@ def open_case(host: Host, case: "Case", bundle: Path | None, threads: int | None
         if threads:
             torch.set_num_threads(threads)
         device = torch_device(case.device)
-        models, before = models_of(host, case.subject, case.dtype, device), _allocated(device)
+        models, before = models_of(host, case.candidate, case.dtype, device), _allocated(device)
         spec = spec_of(case, models)
         assert case.engine.open
         opened = OpenSession(case.engine.open(spec, models.generator, models.tokenizer, case.device))
@@ -229,21 +229,21 @@ def _weights(request: "Request") -> "Request":
     return request
 
 
-def models_of(host: Host, subject: "Subject", dtype: str, device: "torch.device") -> Models:
-    """Return the models of a subject in a dtype on a device; load them first if the host holds others."""
+def models_of(host: Host, candidate: "Candidate", dtype: str, device: "torch.device") -> Models:
+    """Return the models of a candidate in a dtype on a device; load them first if the host holds others."""
     from nbp_export.graphs import TORCH_DTYPES
     from nbp_export.weights import read_tokenizer, read_whole_generator
 
-    key = (_weights(subject.request) if subject.request else subject.bundle, dtype, device)
+    key = (_weights(candidate.request) if candidate.request else candidate.bundle, dtype, device)
     if key not in host.models:
         host.models.clear()
         host.tokenizer_checks.clear()
-        if subject.bundle:
-            bundle = Bundle.open(subject.bundle)
+        if candidate.bundle:
+            bundle = Bundle.open(candidate.bundle)
             generator, tokenizer = read_whole_generator(bundle), read_tokenizer(bundle)
         else:
-            assert subject.request
-            source = _source(host, subject.request)
+            assert candidate.request
+            source = _source(host, candidate.request)
             generator, tokenizer = source.generator, source.tokenizer
             host.sources.clear()  # the models of the source are converted in place below
         generator = generator.to(device, TORCH_DTYPES[dtype])
@@ -261,8 +261,8 @@ def spec_of(case: "Case", models: Models) -> SystemSpec:
     from nbp_export.graphs import system_spec
 
     config = models.generator.config
-    if case.subject.request and case.subject.request.block:
-        config = config.with_block(case.subject.request.block)
+    if case.candidate.request and case.candidate.request.block:
+        config = config.with_block(case.candidate.request.block)
     models.generator.config = models.exact_generator.config = config
     tokenizer = models.tokenizer.config if models.tokenizer else None
     return system_spec(config, tokenizer, case.dtype, case.batch)

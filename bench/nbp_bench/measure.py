@@ -141,7 +141,7 @@ def memory(host: Host, case: "Case", condition: np.ndarray, sampling: Sampling |
     before = torch.cuda.memory_allocated()
     predict(host, case, condition, 0, sampling, seed)
     transient = torch.cuda.max_memory_allocated() - before
-    models = models_of(host, case.subject, case.dtype, torch_device(case.device))
+    models = models_of(host, case.candidate, case.dtype, torch_device(case.device))
     return Memory(process, models.nbytes(opened.session) + opened.buffers + transient)
 
 
@@ -242,7 +242,7 @@ def _parity_checks(host: Host, case: "Case", session: Any, device: "torch.device
 
     from nbp_export.parity import Reference, check_graphs, compare
 
-    models = models_of(host, case.subject, case.dtype, device)
+    models = models_of(host, case.candidate, case.dtype, device)
     spec: SystemSpec = session.spec
     spec_of(case, models)  # sets the models to the block of the case
     reference, rng = Reference(models.exact_generator, models.exact_tokenizer), torch.Generator(device).manual_seed(0)
@@ -254,7 +254,7 @@ def _parity_checks(host: Host, case: "Case", session: Any, device: "torch.device
         checks = [*check_graphs(session, steps, reference, rng), _check_sampling(session, compare)]
         if reference.tokenizer:
             # The PyTorch engines of a dtype share one tokenizer, so it is compared only once.
-            key = (type(getattr(session, "tokenizer", session)), case.subject.bundle, case.dtype, device)
+            key = (type(getattr(session, "tokenizer", session)), case.candidate.bundle, case.dtype, device)
             if key not in host.tokenizer_checks:
                 names = [name for name, kind in kinds.items() if kind is not GraphKind.BLOCK_STEP]
                 host.tokenizer_checks[key] = [*check_graphs(session, names, reference, rng)]

@@ -12,7 +12,7 @@ from nbp_export.request import Request
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """A model with a block shape, which is either named by a request or held by a bundle.
 
     Attributes:
@@ -33,7 +33,7 @@ class Subject:
 class Case:
     """One row of the tables: a model in a dtype, at a batch size, run by an engine on a device."""
 
-    subject: Subject
+    candidate: Candidate
     engine: Engine
     dtype: str
     batch: int
@@ -41,7 +41,7 @@ class Case:
 
     def __str__(self) -> str:
         batch = f" batch {self.batch}" if self.batch > 1 else ""
-        return f"{self.subject} {self.dtype}{batch} {self.engine.name}"
+        return f"{self.candidate} {self.dtype}{batch} {self.engine.name}"
 
     def refusal(self) -> str | None:
         """Return why this machine cannot measure the case, or None if it can."""
@@ -58,7 +58,7 @@ class Plan:
     """The options of a run.
 
     Attributes:
-        subjects: models and bundles, the most important first.
+        candidates: models and bundles, the most important first.
         engines: engines in the order of the tables, which is also the order of measurement under a time limit.
         out: folder of the results.
         dtypes, batches: dtypes and batch sizes of the models; those of a bundle are fixed.
@@ -72,7 +72,7 @@ class Plan:
         bundles: folder of the bundles that the run exports; None for `bundles` in the folder of the results.
     """
 
-    subjects: Sequence[Subject]
+    candidates: Sequence[Candidate]
     engines: Sequence[Engine]
     out: Path
     dtypes: Sequence[str] = ("fp32",)
@@ -98,11 +98,11 @@ class Plan:
         if self.minutes is not None:
             quick = [engine for engine in self.engines if not engine.slow_start]
             waves = [wave for wave in (quick, *([engine] for engine in self.engines if engine.slow_start)) if wave]
-        for dtype, wave, batch, subject in product(self.dtypes, waves, self.batches, self.subjects):
-            yield [self._case(subject, engine, dtype, batch) for engine in wave]
+        for dtype, wave, batch, candidate in product(self.dtypes, waves, self.batches, self.candidates):
+            yield [self._case(candidate, engine, dtype, batch) for engine in wave]
 
-    def _case(self, subject: Subject, engine: Engine, dtype: str, batch: int) -> Case:
+    def _case(self, candidate: Candidate, engine: Engine, dtype: str, batch: int) -> Case:
         device = self.device or engine.devices[0]
-        if subject.spec:
-            return Case(subject, engine, subject.spec.dtype, subject.spec.batch, device)
-        return Case(subject, engine, dtype, batch, device)
+        if candidate.spec:
+            return Case(candidate, engine, candidate.spec.dtype, candidate.spec.batch, device)
+        return Case(candidate, engine, dtype, batch, device)

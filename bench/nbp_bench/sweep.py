@@ -20,7 +20,7 @@ from nbp_bench.conditions import Conditions, conditions_for
 from nbp_bench.host import Identity
 from nbp_bench.machine import Machine, available_memory, describe
 from nbp_bench.measure import Parity, Result
-from nbp_bench.plan import Case, Plan, Subject
+from nbp_bench.plan import Candidate, Case, Plan
 from nbp_bench.rows import Measurement, Run, identity_of, row
 from nbp_bench.worker import OverdueError, Worker, WorkerError
 from nbp_engines.bundle import Bundle
@@ -87,8 +87,8 @@ class Sweep(AbstractContextManager["Sweep"]):
         self._log = log
         self._deadline = None if plan.minutes is None else time.monotonic() + 60 * plan.minutes
         self._workers: dict[str, Worker] = {}
-        self._identities: dict[Subject, Identity] = {}
-        self._references: dict[tuple[Subject, str, int], list[Result]] = {}
+        self._identities: dict[Candidate, Identity] = {}
+        self._references: dict[tuple[Candidate, str, int], list[Result]] = {}
         self._bandwidths: tuple[float | None, float | None] = (None, None)
         self._machine: Machine | None = None
 
@@ -100,8 +100,10 @@ class Sweep(AbstractContextManager["Sweep"]):
         """
         groups = [*self.plan.groups()]
         for group in groups:
-            conditions_for(self._identify(group[0].subject), self.plan)  # this checks the video, and caches its windows
-        check_space([(case, self._identify(case.subject)) for group in groups for case in group], self.plan)
+            conditions_for(
+                self._identify(group[0].candidate), self.plan
+            )  # this checks the video, and caches its windows
+        check_space([(case, self._identify(case.candidate)) for group in groups for case in group], self.plan)
         # This process still holds the last model. The engines need that memory, and an export loads its model again.
         self._workers.pop("models", Worker()).close()
         self._measure_bandwidths(groups)
@@ -135,22 +137,22 @@ class Sweep(AbstractContextManager["Sweep"]):
         cases = (case for group in self.plan.groups() for case in group)
         return next((c for c in cases if c.device != "cpu" and not c.engine.runtime and not c.refusal()), None)
 
-    def _identify(self, subject: Subject) -> Identity:
-        """Return the identity of a subject's model, which is loaded and hashed once per run.
+    def _identify(self, candidate: Candidate) -> Identity:
+        """Return the identity of a candidate's model, which is loaded and hashed once per run.
 
         On a GPU, the process that measures first does it, because it needs the weights anyway.
         """
-        if subject not in self._identities:
-            if subject.request:
+        if candidate not in self._identities:
+            if candidate.request:
                 first = self._first_on_gpu
                 worker = self._worker(self._process(first) if first else "models")
-                identity = worker.call(host.identify, subject.request, seconds=self._left())
+                identity = worker.call(host.identify, candidate.request, seconds=self._left())
                 self._report(identity.note)
             else:
-                assert subject.bundle
-                identity = identity_of(Bundle.open(subject.bundle))
-            self._identities[subject] = identity
-        return self._identities[subject]
+                assert candidate.bundle
+                identity = identity_of(Bundle.open(candidate.bundle))
+            self._identities[candidate] = identity
+        return self._identities[candidate]
 
     def _measure_bandwidths(self, groups: Sequence[Sequence[Case]]) -> None:
         if not self.plan.steps:
@@ -166,7 +168,7 @@ class Sweep(AbstractContextManager["Sweep"]):
 
     def _group(self, group: Sequence[Case]) -> list[Measured]:
         """Measure the cases of a group and return a row for each, in their order."""
-        plan, identity = self.plan, self._identify(group[0].subject)
+        plan, identity = self.plan, self._identify(group[0].candidate)
         measurements = [Measurement(case) for case in group]
         conditions = conditions_for(identity, plan)
         together = self._fit_together(measurements, identity)
@@ -175,7 +177,7 @@ class Sweep(AbstractContextManager["Sweep"]):
             for measurement in part:  # on a CPU each engine has its own process, so that its memory can be measured
                 if measurement.case.device == "cpu":
                     self._workers.pop(self._process(measurement.case), Worker()).close()
-        key = (group[0].subject, group[0].dtype, group[0].batch)
+        key = (group[0].candidate, group[0].dtype, group[0].batch)
         for measurement in measurements:
             if measurement.case.engine.role == REFERENCE and measurement.clips:
                 self._references[key] = measurement.clips

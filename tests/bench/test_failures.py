@@ -17,7 +17,7 @@ from nbp_bench import sweep
 from nbp_bench.cli import main
 from nbp_bench.engines import engines
 from nbp_bench.host import Host, identify
-from nbp_bench.plan import Plan, Subject
+from nbp_bench.plan import Candidate, Plan
 from nbp_bench.sweep import Measured, Sweep
 from nbp_bench.worker import Worker, WorkerError
 from nbp_export import sources, weights
@@ -73,7 +73,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         trouble: Trouble, names: Sequence[str] = ("naive", "eager"), **options: Any
     ) -> tuple[list[Measured], Sweep]:
         monkeypatch.setattr(Here, "trouble", staticmethod(trouble), raising=False)
-        plan = Plan([Subject(RANDOM)], [engines()[name] for name in names], tmp_path, clips=2, **options)
+        plan = Plan([Candidate(RANDOM)], [engines()[name] for name in names], tmp_path, clips=2, **options)
         with Sweep(plan, lambda *_, **__: None) as whole:
             (rows,) = whole.run()
             return rows, whole

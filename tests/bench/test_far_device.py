@@ -11,7 +11,7 @@ import torch
 from nbp_bench import cuda_graphs, measure, sweep
 from nbp_bench.engines import engines
 from nbp_bench.host import Host, close_case, identify, open_case
-from nbp_bench.plan import Case, Plan, Subject
+from nbp_bench.plan import Candidate, Case, Plan
 from nbp_bench.sweep import Sweep
 from nbp_export import sources
 from nbp_export.request import Request
@@ -43,7 +43,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def case(engine: str, dtype: str, block: str = "4", batch: int = 1) -> Case:
     request = Request("nbp-tiny", weights="random", block=block)
-    return Case(Subject(request), engines()[engine], dtype, batch, "cuda")
+    return Case(Candidate(request), engines()[engine], dtype, batch, "cuda")
 
 
 def test_operations_on_far_and_near_tensors_are_refused() -> None:
@@ -66,7 +66,7 @@ def test_operations_on_far_and_near_tensors_are_refused() -> None:
 @pytest.mark.parametrize("engine", ["naive", "eager", "cudagraph"])
 def test_an_engine_from_weights_to_clips(engine: str, dtype: str, host: Host) -> None:
     one = case(engine, dtype, batch=2)
-    identify(host, one.subject.request)  # type: ignore[arg-type]
+    identify(host, one.candidate.request)  # type: ignore[arg-type]
     open_case(host, one, None, None)
     session = host.session(one)
     assert session.generator.pos_emb.device.type == "cuda"
@@ -111,9 +111,9 @@ def test_a_run_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Here, "log", [], raising=False)
     monkeypatch.setattr(Here, "trouble", staticmethod(lambda *_: None), raising=False)
     chosen = [replace(engines()[name], absence=present) for name in ("eager", "cudagraph")]
-    subjects = [case("eager", "bf16", block).subject for block in ("4", "16")]
+    candidates = [case("eager", "bf16", block).candidate for block in ("4", "16")]
     plan = Plan(
-        subjects,
+        candidates,
         [*chosen, engines()["compiled"], engines()["tensorrt"]],
         tmp_path,
         ("bf16", "fp16"),
@@ -140,4 +140,4 @@ def test_a_run_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert row.copy_bandwidth
         assert row.peak_device_bytes
         assert not [note for note in row.notes if "failed" in note or "not measured" in note]
-    assert [name for name, _, _ in Here.log].count("identify") == len(subjects)
+    assert [name for name, _, _ in Here.log].count("identify") == len(candidates)

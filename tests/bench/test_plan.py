@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from nbp_bench.cli import main
 from nbp_bench.engines import engines
-from nbp_bench.plan import Case, Plan, Subject
+from nbp_bench.plan import Candidate, Case, Plan
 from nbp_bench.run import results_folder
 from nbp_export.request import Request
 
@@ -17,7 +17,7 @@ ENGINES = engines()
 
 def plan(*names: str, minutes: float | None = None, device: str | None = "cuda") -> Plan:
     return Plan(
-        subjects=[Subject(Request(block=block)) for block in ("16", "256")],
+        candidates=[Candidate(Request(block=block)) for block in ("16", "256")],
         engines=[ENGINES[name] for name in names],
         out=Path("out"),
         dtypes=("bf16", "fp16"),
@@ -74,7 +74,7 @@ def test_an_engine_runs_where_it_can_unless_a_device_is_named() -> None:
     ],
 )
 def test_a_refusal_is_a_sentence(engine: str, dtype: str, device: str, why: str) -> None:
-    case = Case(Subject(Request(block="16")), ENGINES[engine], dtype, 1, device)
+    case = Case(Candidate(Request(block="16")), ENGINES[engine], dtype, 1, device)
     found = case.refusal()
     assert found
     assert re.search(why, found), found
@@ -120,7 +120,7 @@ def test_spaces_do_not_count_and_a_repeated_block_counts_once(
     options = ["--engines", "eager, ort-cpu", "--batch", "1, 1,2", "--out", str(tmp_path)]
     done = CliRunner().invoke(main, ["--sizes", text, *options])
     assert done.exit_code == 0, done.output
-    assert [str(subject) for subject in plans[0].subjects] == ["1x1x16", "1x16x16"]
+    assert [str(candidate) for candidate in plans[0].candidates] == ["1x1x16", "1x16x16"]
     assert [engine.name for engine in plans[0].engines] == ["eager", "ort-cpu"]
     assert plans[0].batches == [1, 2]
 
@@ -131,7 +131,7 @@ def test_the_ema_copy_is_taken_from_every_checkpoint(tmp_path: Path, monkeypatch
     monkeypatch.setattr("nbp_bench.run.run", plans.append)
     options = ["--sizes", "16,256", "--checkpoint", "16=a.ckpt", "--ema", "--out", str(tmp_path)]
     assert CliRunner().invoke(main, options).exit_code == 0
-    assert [subject.request.ema for subject in plans[0].subjects if subject.request] == [True, True]
+    assert [candidate.request.ema for candidate in plans[0].candidates if candidate.request] == [True, True]
 
 
 def test_a_folder_that_cannot_hold_results_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from nbp_bench.engines import engines
 from nbp_bench.host import Identity
 from nbp_bench.machine import describe
 from nbp_bench.measure import Result
-from nbp_bench.plan import Case, Plan, Subject
+from nbp_bench.plan import Candidate, Case, Plan
 from nbp_bench.rows import Measurement, Run, row
 from nbp_export.graphs import system_spec
 from nbp_export.request import Request
@@ -25,7 +25,7 @@ def clip() -> Result:
 
 
 def recorded(engine: str, clips: list[Result], failure: str = "", reference: list[Result] | None = None) -> Record:
-    case = Case(Subject(Request(block="256")), engines()[engine], "bf16", 1, "cpu")
+    case = Case(Candidate(Request(block="256")), engines()[engine], "bf16", 1, "cpu")
     identity = Identity("nbp-tiny", "ab", True, "a note", SPEC, 1, ())
     conditions = Conditions([], "a clip", np.empty(0))
     run = Run(Plan([], [], Path()), "now", identity, conditions, reference, True, (None, None), describe())

@@ -21,7 +21,7 @@ from nbp_bench import measure, run, worker
 from nbp_bench.cli import main
 from nbp_bench.engines import PYTORCH, engines
 from nbp_bench.host import Host, identify, open_case
-from nbp_bench.plan import Case, Plan, Subject
+from nbp_bench.plan import Candidate, Case, Plan
 from nbp_bench.sweep import Sweep
 from nbp_bench.torch_sessions import EagerSession
 from nbp_engines import sampling
@@ -186,10 +186,10 @@ def test_torch_is_enough(tmp_path: Path) -> None:
 
 
 def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
-    plan = Plan([Subject(RANDOM)], [engines()["eager"]], tmp_path, clips=1, minutes=0.2)
+    plan = Plan([Candidate(RANDOM)], [engines()["eager"]], tmp_path, clips=1, minutes=0.2)
     with Sweep(plan, silent) as sweep:
         sweep._deadline = 0.0
-        sweep._identities[plan.subjects[0]] = identify(Host(), RANDOM)
+        sweep._identities[plan.candidates[0]] = identify(Host(), RANDOM)
         ((measured,),) = sweep.run()
     assert measured.record.not_measured == "the time limit was reached"
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_found_ends_before_it_begins(
 
 
 def case(dtype: str = "fp32") -> Case:
-    return Case(Subject(RANDOM), engines()["eager"], dtype, 1, "cpu")
+    return Case(Candidate(RANDOM), engines()["eager"], dtype, 1, "cpu")
 
 
 def checked(dtype: str = "fp32") -> measure.Parity:
@@ -256,7 +256,7 @@ def test_an_error_without_bounds_is_a_number_of_json_and_a_failure(
     monkeypatch.setattr(EagerSession, "decode", spoiled)
     found = checked()
     assert found.error == sys.float_info.max
-    plan = Plan([Subject(RANDOM)], [engines()["eager"]], tmp_path, clips=1)
+    plan = Plan([Candidate(RANDOM)], [engines()["eager"]], tmp_path, clips=1)
     monkeypatch.setattr(Sweep, "_take_turns", lambda *_: None)
     with Sweep(plan, silent) as sweep:
         ((measured,),) = sweep.run()

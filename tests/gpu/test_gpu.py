@@ -14,7 +14,7 @@ from nbp_bench.cuda_graphs import CudaGraphSession
 from nbp_bench.engines import engines
 from nbp_bench.golden import folder, golden_model
 from nbp_bench.host import Host, open_case
-from nbp_bench.plan import Case, Subject
+from nbp_bench.plan import Candidate, Case
 from nbp_bench.torch_sessions import DeviceLogits, EagerSession, NaiveSession
 from nbp_bench.worker import Worker, WorkerError
 from nbp_engines import sampling
@@ -147,7 +147,7 @@ def test_the_kernel_draws_as_numpy_does(dtype: str, settings: Sampling) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_bundled_model_passes_every_check(engine: str, dtype: str, batch: int) -> None:
     """Compare engines with the reference as the bench does, also in fp32, which has the strictest tolerance."""
-    case = Case(Subject(Request(block="16")), engines()[engine], dtype, batch, "cuda")
+    case = Case(Candidate(Request(block="16")), engines()[engine], dtype, batch, "cuda")
     if why := case.refusal():
         pytest.skip(why)
     host = Host()
