@@ -23,7 +23,9 @@ LINK = re.compile(r"\]\(([^)#]+)(?:#[\w-]+)?\)")
 def _pages() -> dict[Path, str]:
     """The texts of README, of the pages that it links to in this order, and then of all other pages."""
     readme = ROOT / "README.md"
-    linked = [ROOT / link for link in LINK.findall(readme.read_text()) if link.startswith("docs/")]
+    linked = [
+        ROOT / link for link in LINK.findall(readme.read_text()) if link.startswith("docs/") and link.endswith(".md")
+    ]
     paths = dict.fromkeys([readme, *linked, *sorted((ROOT / "docs").glob("*.md"))])
     return {path: path.read_text() for path in paths}
 

@@ -100,9 +100,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         """
         groups = [*self.plan.groups()]
         for group in groups:
-            conditions_for(
-                self._identify(group[0].candidate), self.plan
-            )  # this checks the video, and caches its windows
+            conditions_for(self._identify(group[0].candidate), self.plan)  # checks the video and caches its windows
         check_space([(case, self._identify(case.candidate)) for group in groups for case in group], self.plan)
         # This process still holds the last model. The engines need that memory, and an export loads its model again.
         self._workers.pop("models", Worker()).close()

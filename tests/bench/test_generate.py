@@ -327,7 +327,7 @@ def test_what_is_no_video(bundles: Bundles, tmp_path: Path) -> None:
     made("--bundle", bundles(), "--video", film(tmp_path / "a.mp4"), "--out", tmp_path / "image.png", "--scale", 1)
     assert "image.png is a single picture, and the model needs 5" in refused(2, *rest, tmp_path / "image.png")
     (tmp_path / "notes.txt").write_text("Once upon a time\n" * 400)
-    assert "notes.txt holds text, no video" in refused(1, *rest, tmp_path / "notes.txt")
+    assert "notes.txt holds text and no video" in refused(1, *rest, tmp_path / "notes.txt")
 
 
 def test_a_file_that_is_there_stays_unless_forced(bundles: Bundles, tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_a_failure_leaves_what_was_there(
 
     monkeypatch.setattr(*{"decode": (Generator, "_decode"), "write": (video, "write")}[broken], interrupt)
     result = run("--bundle", bundles(), "--video", source, "--out", out, "--force")
-    assert result.exit_code == 1
+    assert result.exit_code == 130
     assert out.read_bytes() == b"precious"
     assert {path.name for path in tmp_path.iterdir()} == {"in.mp4", "out.mp4"}
 

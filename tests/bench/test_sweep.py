@@ -199,7 +199,7 @@ def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
     ("options", "code", "says"),
     [
         (["--blocks", "2x4x4"], 2, "block 2x4x4 does not tile the 3x16x16 latent; these do: 1x1x1, 1x1x2"),
-        (["--sizes", "16", "--model", "nbp-xl"], 2, "--weights random to time it"),
+        (["--sizes", "16", "--model", "nbp-xl"], 2, "--weights random for timing"),
         (["--model", "nbp-tiny-hybrid", "--sizes", "16", "--video", "my.mp4"], 2, "leave out --video"),
         (["--sizes", "256", "--video", "not.mp4"], 1, "holds no readable video"),
     ],

@@ -63,19 +63,19 @@ def test_stopped_at_a_stage(stop: str, how: BaseException, tmp_path: Path) -> No
 
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The working folder becomes a bundle only when all other files, with the receipt, exist."""
-    looks: list[set[str]] = []
-    write = Path.write_bytes
+    listings: list[set[str]] = []
+    rename = Path.replace
 
-    def look(path: Path, content: bytes) -> int:
-        if MANIFEST in path.name:
-            looks.append({file.name for file in path.parent.iterdir()})
+    def list_and_rename(path: Path, target: Path) -> Path:
+        if target.name == MANIFEST:
+            listings.append({file.name for file in path.parent.iterdir()} - {path.name})
         with pytest.raises(BundleError, match="is not a bundle"):
             Bundle.open(path.parent)
-        return write(path, content)
+        return rename(path, target)
 
-    monkeypatch.setattr(Path, "write_bytes", look)
+    monkeypatch.setattr(Path, "replace", list_and_rename)
     bundle = export(source("1x4x4"), tmp_path / "bundle", "fp32")
-    assert looks == [{path.name for path in bundle.path.iterdir()} - {MANIFEST}]
+    assert listings == [{path.name for path in bundle.path.iterdir()} - {MANIFEST}]
     assert Bundle.open(bundle.path, require_receipt=True) == bundle
 
 

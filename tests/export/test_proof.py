@@ -247,7 +247,7 @@ def test_verify_gives_its_verdict_where_the_folder_cannot_be_written_to(
     assert code == 1
     (line,) = [line for line in output.splitlines() if "Read-only file system" in line]
     if fails:
-        assert line.startswith(f"Error: it computes something else; remove {bundle.path / RECEIPT}, which cannot be")
+        assert line.startswith("Error: it computes something else; its old receipt cannot be removed")
     else:
         assert line.startswith(f"Error: {bundle.path} passed, but its receipt cannot be written")
     assert bundle.receipt() is not None
