@@ -132,7 +132,8 @@ def trace(module: nn.Module, spec: GraphSpec, free_tokens: bool = False) -> "ir.
     graph.name = spec.name
     _clear_metadata(model)
     if free_tokens:
-        # Torch has inferred fixed shapes after the selection of the last block's rows; fewer tokens give fewer rows.
+        # Torch assumes that the last L rows always exist. Fewer tokens give fewer rows, so the shapes that it inferred
+        # after the selection of these rows are wrong.
         for value in (v for node in graph for v in node.outputs if v not in graph.outputs):
             value.shape = None
         (batch, _), (_, _, vocab) = spec.inputs[0].shape, spec.outputs[0].shape

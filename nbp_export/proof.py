@@ -68,9 +68,10 @@ def prove(bundle: Bundle, report: Report = lambda _: None, runtime: Runtime = DE
 def verify(path: Path, report: Report = lambda _: None, runtime: str = DEFAULT.name) -> Bundle:
     """Check the files of a bundle, prove it and write its receipt. A bundle that fails loses its receipt.
 
-    An exception is a runtime for GPUs that cannot run the bundle: then the receipt is kept.
+    If a runtime for GPUs cannot run the bundle, the receipt is kept.
 
-    Raises BundleError, LintError or ParityError if the bundle fails, EngineError if the runtime cannot run it.
+    Raises BundleError, LintError or ParityError if the bundle fails, EngineError if the runtime cannot run it, and
+    NbpError if the receipt cannot be written or removed.
     """
     bundle = open_unproven(path)
     chosen = runtime_of(bundle, runtime)

@@ -43,7 +43,7 @@ BUILD_RULES: Rule = [
 
 
 class BuiltEngine(NamedTuple):
-    """A serialised engine with a summary of its build, its layers, and the library's log."""
+    """A serialised TensorRT engine, a summary of its build, a list of its layers, and the log of the builder."""
 
     content: Any
     info: "BuildInfo"
@@ -192,7 +192,7 @@ def read_builds(bundle: Bundle) -> list[BuildInfo]:
 
 
 def check(graph: Path, use: GraphSpec, library: Library) -> Counter[str]:
-    """Parse a graph without building an engine; return the number of the network's layers by type.
+    """Parse a graph without building a TensorRT engine; return how many layers of each type the network has.
 
     Raises BuildError with a list of all unsupported nodes or, if there are none, of all faults of the network.
     """

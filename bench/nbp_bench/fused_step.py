@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nbp_reference.model import Attention, NextBlockTransformer, block_mask
 
-MASK_ALIGNMENT = 16  # elements; torch's efficient attention copies a mask whose row stride is not a multiple of it
+MASK_ALIGNMENT = 16  # elements; torch's efficient attention copies a mask unless its row stride is a multiple of this
 
 
 def fused_projection(attention: Attention) -> tuple[Tensor, Tensor]:

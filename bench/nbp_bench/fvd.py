@@ -110,7 +110,7 @@ class Distance(NamedTuple):
 
 
 def clip_files(source: Path) -> list[Path]:
-    """Return the clips of a folder in the order of their names, or of a list, a text file with a path per line.
+    """Return the clips of a folder, ordered by name, or those that a text file lists, one path per line.
 
     Paths in a list are relative to the list. Raises UsageError if there are no clips, or no such folder or list.
     """
@@ -134,7 +134,7 @@ def clip_files(source: Path) -> list[Path]:
 
 
 def read_clip(path: Path, frames: int, least: int) -> np.ndarray:
-    """Return the first `frames` frames of a clip, uint8 [T,H,W,3]; all of them if it has at least `least`.
+    """Return the first `frames` frames of a clip, uint8 [T,H,W,3], or all if it has fewer, but at least `least`.
 
     Raises BadClipError for a file that cannot be read, is damaged, too short, or varies its frame rate.
     """
@@ -151,7 +151,7 @@ def read_clip(path: Path, frames: int, least: int) -> np.ndarray:
 def _read_array(path: Path) -> np.ndarray:
     clip = np.load(path, mmap_mode="r", allow_pickle=False)
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or 0 in clip.shape:
-        raise ValueError(f"it is {clip.dtype} {list(clip.shape)}, not uint8 [T,H,W,3]")
+        raise ValueError(f"it is {clip.dtype} {list(clip.shape)}, not a non-empty uint8 [T,H,W,3]")
     return np.asarray(clip)
 
 
@@ -222,9 +222,10 @@ def features(
 
 
 def distance(real: np.ndarray, fake: np.ndarray, protocol: Protocol, skipped: Sequence[str] = ()) -> Distance:
-    """Return the distance between features [N,D] and [M,D], whose neighbours may come from one source.
+    """Return the distance between features [N,D] and [M,D]. Consecutive rows may come from one source video.
 
-    The interval leaves out the g-th group of consecutive clips from both sets. Raises UsageError below two clips.
+    The interval leaves out the g-th group of consecutive clips from both sets. Raises UsageError for fewer than two
+    clips per set.
     """
     if min(len(real), len(fake)) < 2:
         raise UsageError(f"a distance needs at least 2 clips per set, not {len(real)} real and {len(fake)} fake ones")

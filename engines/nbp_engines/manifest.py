@@ -22,7 +22,7 @@ MAX_BUFFERS = 2**40  # bytes; far more than any model of the paper needs, and th
 DERIVED = ("signatures", "loop")  # sections that follow from the spec, written for readers without this package
 
 DIMENSION = whole(1, 2**31 - 1)
-# Names that every operating system takes for a file in the bundle's own folder.
+# File names that are valid on every operating system and cannot point outside the folder of the bundle.
 NAME = matching("a plain file name", r"(?a:\w([\w.-]{0,98}\w)?)")
 SHA256 = matching("64 hexadecimal digits", "[0-9a-f]{64}")
 MAY_BE_0 = {"condition_latents", "video", "condition_frames", "text_tokens", "text_vocab"}

@@ -11,7 +11,7 @@ from nbp_engines.session import GraphSession
 from nbp_engines.trt import TENSORRT
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (ORT_CPU, ORT_CUDA, TENSORRT)}
-DEFAULT = ORT_CPU  # it runs on every machine
+DEFAULT = ORT_CPU  # it needs no GPU
 
 
 def runtime_of(bundle: Bundle, name: str | None = None) -> Runtime:

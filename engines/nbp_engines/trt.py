@@ -87,7 +87,7 @@ class _Profile:
         for mirror in self._arguments.values():
             mirror.enqueue_write()
         if not self._context.execute_async_v3(self._device.stream):
-            raise EngineError(f"TensorRT cannot run {self.spec.name}")
+            raise EngineError(f"TensorRT failed to run {self.spec.name}: build the bundle again on this machine")
         for state, result in self._copied_states:
             enqueue_copy(self._device, state.ptr, result.ptr, state.nbytes, "DeviceToDevice")
         if self._host_result:
@@ -176,7 +176,7 @@ class TrtSession(GraphSession):
             self._opened = opening.pop_all()
 
     def sample(self, logits: Any, uniforms: np.ndarray, settings: Sampling) -> np.ndarray:
-        """Draw tokens int64 [B,T], on the GPU if the logits are there."""
+        """Return drawn tokens int64 [B,n]. Logits that are on the GPU are sampled on the GPU."""
         return self._sampler.sample(logits, uniforms, settings)
 
     def write_states(self, values: Mapping[str, np.ndarray]) -> None:

@@ -51,7 +51,10 @@ class BlockShape:
         h = min(size // w, latent.h)
         block = cls(size // (w * h), h, w)
         if block.size != size:
-            raise BlockShapeError(f"block size {size} does not fill whole rows or frames of a {latent} latent")
+            raise BlockShapeError(
+                f"block size {size} does not fill whole rows or frames of a {latent} latent video: choose a divisor of "
+                f"{latent.w}, or a multiple of it that fills whole rows or frames"
+            )
         return block
 
     @property

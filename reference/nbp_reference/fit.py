@@ -110,7 +110,10 @@ def _load_model(kind: Callable[[C], M], config: C, state: Mapping[str, object], 
     )
     values = sum(value.numel() for value in model.state_dict().values())
     if values > size:  # several tensors may share one storage, which a copy in fp32 would multiply
-        raise CheckpointError(f"its tensors have {values} values, but the file has only {size} bytes")
+        raise CheckpointError(
+            f"its tensors have {values} values, but the file has only {size} bytes: save the weights again, "
+            "each tensor with memory of its own"
+        )
     # `detach` drops the attributes that a file may have attached to a tensor.
     tensors = {key: torch.detach(cast(Tensor, state[key])).float().contiguous() for key in expected}
     counts = {key: _nonfinite_count(tensor) for key, tensor in tensors.items()}

@@ -26,8 +26,8 @@ def tensor_scatter_(cache_BNSD: Tensor, update_BNTD: Tensor, cache_pos_B: Tensor
 def tensor_scatter(cache: Tensor, update: Tensor, cache_pos: Tensor) -> Tensor:
     """Return a copy of the cache with the update written as by `tensor_scatter_`.
 
-    It is a custom operator so that a traced graph has one node for it, ONNX TensorScatter (axis 2, linear). For an
-    indexed write, the exporter emits ScatterND and transposes of the whole cache.
+    It is a custom operator so that a traced graph has one node for it, ONNX TensorScatter (axis 2, linear). An
+    indexed write would become a ScatterND between two transpositions of the whole cache.
     """
     return tensor_scatter_(cache.clone(), update, cache_pos)
 

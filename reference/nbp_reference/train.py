@@ -239,7 +239,7 @@ def shrink_to_fp16(model: VideoTokenizer, windows: list[np.ndarray], largest: fl
 
 @click.group()
 def main() -> None:
-    """Train nbp-tiny on the clips of installed packages: first its tokenizer, then its generators.
+    """Train nbp-tiny on seven clips of Python and Debian packages: first its tokenizer, then its generators.
 
     An interrupted command continues where it stopped if it is run again.
     """

@@ -125,7 +125,7 @@ def test_an_engine_that_nothing_was_compared_with_is_an_error(
     monkeypatch.setattr(Sweep, "run", lambda _: iter([rows]))
     done = CliRunner().invoke(main, ["--sizes", "256", "--out", str(tmp_path / "out")])
     assert done.exit_code == 1
-    assert "these could not be compared with the reference" in " ".join(done.output.split())
+    assert "could not compare with the reference: 1x16x16 fp32 eager" in " ".join(done.output.split())
     assert "1x16x16 fp32 eager" in done.output
     assert (tmp_path / "out" / "records.jsonl").exists()
 
@@ -165,7 +165,7 @@ def on_the_second_block(error: BaseException, function: str = "predict") -> Trou
 def test_an_engine_that_fails_on_the_way_keeps_the_finished_rows_and_exits_with_1(bench: Bench, tmp_path: Path) -> None:
     done = bench(on_the_second_block(DeathError()))
     assert done.exit_code == 1
-    assert "these failed, see" in done.output
+    assert "these engines failed: 1x1x16 fp32 eager" in done.output
     assert "1x1x16 fp32 eager" in done.output
     good, bad = record.read(tmp_path / "out" / "records.jsonl")
     assert good.fps
