@@ -18,8 +18,8 @@ from nbp_errors import UsageError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path`, of the same suffix; the file written there takes the name `path` at the end.
 
-    If the block or the write fails, the file that `path` named before stays as it was, and nothing else is left.
-    The file's mode follows the umask. Raises OSError if the file cannot be renamed.
+    If the body of the `with` statement fails, the file that `path` named before stays as it was, and nothing else is
+    left. The file's mode follows the umask. Raises OSError if the file cannot be renamed.
     """
     partial = path.with_name(f".{secrets.token_hex(8)}.partial{path.suffix}")
     try:
@@ -50,7 +50,7 @@ def write_json(path: Path, data: object) -> None:
 
 @contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
-    """Lock a folder until the block or this process ends, however it ends.
+    """Lock a folder until the `with` statement or this process ends, however it ends.
 
     Yields True if this process holds the lock, False if another one does, None if the system or the file system has no
     locks. With `wait`, it waits for the other process. The folder itself is locked, because a

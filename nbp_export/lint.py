@@ -78,7 +78,7 @@ def cache_writes(model: ModelProto, spec: GraphSpec) -> Iterator[str]:
     for node in _named(model, *SCATTERS):
         yield f"{node.op_type} {node.name}: copies the whole cache; write it with TensorScatter"
     for node in _named(model, *LOOPS):
-        yield f"{node.op_type} {node.name}: copies the caches every iteration; loop on the host"
+        yield f"{node.op_type} {node.name}: runs a subgraph, which copies the caches each time; move it to the host"
     writes = {node.output[0]: node for node in _named(model, "TensorScatter")}
     for output, cache in spec.aliases.items():
         if output not in writes or writes[output].input[0] != cache:

@@ -24,7 +24,7 @@ from nbp_engines.bundle import MANIFEST, RECEIPT, Bundle
 from nbp_engines.manifest import SCHEMA, Engine, File, Manifest
 from nbp_engines.ort import ORT_CPU
 from nbp_engines.sampling import Sampling
-from nbp_engines.shell import command_line, is_utf8, utf8_cure
+from nbp_engines.shell import command_line, is_utf8, utf8_advice
 from nbp_engines.spec import BYTES, SystemSpec
 from nbp_engines.trt import TENSORRT
 from nbp_errors import NbpError, UsageError
@@ -88,7 +88,7 @@ def export(
 def refuse_out(out: Path) -> None:
     """Raise UsageError if a bundle cannot have this name, because it exists, is too long or is not UTF-8."""
     if not is_utf8(out):
-        raise UsageError(f"{out} is not UTF-8, which the runtimes require: {utf8_cure('choose another --out')}")
+        raise UsageError(f"{out} is not UTF-8, which the runtimes require: {utf8_advice('choose another --out')}")
     try:
         exists = out.exists()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The model that a command line requests. It is apart from `sources`, which loads the model and imports torch."""
+"""The model that a command line requests. The module `sources` loads it, and imports torch."""
 
 from pathlib import Path
 from typing import NamedTuple

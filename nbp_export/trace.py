@@ -34,7 +34,7 @@ from nbp_reference.sampling import sample
 TRACE = "trace.json"
 SEED, CLIP_INDEX = 0, 0  # select the noise; the seed also selects the random condition
 STEPS = 2  # the number of recorded steps of whole blocks
-MAX_CALLS = 24  # with nbp-xl on 2 cores, to record and repeat prefill takes 7 s, and every other call 1.6 s
+MAX_CALLS = 24  # nbp-xl on 2 cores takes 7 s to record and repeat the prefill, and 1.6 s for every other call
 IDS = 16  # the number of logits that are recorded per row
 ABOUT = (
     "The first calls of one clip, made by the PyTorch reference in fp32 arithmetic on the bundle's weights. "
@@ -200,7 +200,7 @@ class _Recorder(_TracedSession):
                 {"clip": clip, "row": row, "values": [_shortened(value) for value in logits_BTV[clip, row, ids]]}
                 for clip, row in traced_rows(logits_BTV.shape)
             ],
-            "uniforms": None,  # no token is drawn from the logits of a hybrid's text
+            "uniforms": None,  # a hybrid draws no token from the logits of its prefill
             "drawn": None,
         }
         self.calls.append(call)
@@ -325,7 +325,7 @@ class _Replay(_TracedSession):
 
 
 def _shortened(value: Any) -> float:
-    """Round a logit to six digits, a hundredth of the smallest tolerance, so that fewer machines differ in the file."""
+    """Round a logit to six digits, a hundredth of the smallest tolerance, so that most machines write the same file."""
     return float(f"{float(value):.6g}")
 
 

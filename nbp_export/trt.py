@@ -273,7 +273,7 @@ def _inspect_engine(engine: Any, library: Library, use: GraphSpec) -> list[dict[
 
 def _failure(graph: Path, library: Library, options: Options, errors: Sequence[str]) -> str:
     """Return the message of a failed build: the library's last error, and what to do about it."""
-    reason = errors[-1] if errors else "nothing"
+    reason = errors[-1] if errors else "none was reported"
     if "dedicated kernel" in reason:
         advice = "it has no fused attention of this size: --attention decomposed permits several kernels"
     elif "workspace" in reason:

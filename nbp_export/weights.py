@@ -102,7 +102,7 @@ class WeightPool:
         )
 
     def _offset(self, array: np.ndarray, append: bool) -> int | None:
-        """Return the offset of an array's bytes in the file. New bytes are appended; without `append`, None."""
+        """Return the offset of an array's bytes in the file. New bytes are appended, or give None without `append`."""
         memory = array.ctypes.data, array.itemsize, array.shape, array.strides
         if memory not in self._by_memory:
             data = _bytes(array)
@@ -153,7 +153,10 @@ def read_generator(bundle: Bundle) -> NextBlockTransformer:
 
 
 def read_whole_generator(bundle: Bundle) -> NextBlockTransformer:
-    """Return the same model with all layers in memory, for repeated use."""
+    """Return the generator with a bundle's weights in fp32 and all layers in memory, for repeated use.
+
+    Raises NbpError as `read_generator` does.
+    """
     model = read_generator(bundle)
     model.blocks = nn.ModuleList([*model.blocks])
     return model

@@ -9,7 +9,6 @@ from nbp_bench.host import Identity
 from nbp_bench.plan import Case, Plan
 from nbp_bench.worker import Worker, WorkerError
 from nbp_engines.bundle import Bundle
-from nbp_engines.cuda import Device
 from nbp_engines.errors import BundleError
 from nbp_engines.spec import BYTES
 from nbp_errors import UsageError
@@ -29,7 +28,7 @@ def bundle_for(
     runtime = case.engine.runtime
     assert runtime
     assert case.candidate.request
-    folder = _folder(case, identity, plan)
+    folder = _folder(case, identity, plan, worker)
     if not folder.exists():
         began = time.monotonic()
         report(f"{case}: export {folder.name}")
@@ -43,29 +42,30 @@ def bundle_for(
     return _usable(folder)
 
 
-def check_space(cases: Sequence[tuple[Case, Identity]], plan: Plan) -> None:
+def check_space(cases: Sequence[tuple[Case, Identity]], plan: Plan, worker: Worker) -> None:
     """Raise UsageError if the disk has too little space for the weights of the bundles that the cases need."""
-    nbytes = 0
+    nbytes: dict[Path, int] = {}
     for case, identity in cases:
         runtime = case.engine.runtime
-        if runtime and case.candidate.request and not case.refusal() and not _folder(case, identity, plan).exists():
-            copies = 2 if runtime.runs_engines else 1  # the graphs' weights, and those inside the TensorRT engines
-            nbytes += copies * BYTES[case.dtype] * identity.parameters
-    require_space(_parent(plan), nbytes)
+        if runtime and case.candidate.request and not case.refusal():
+            folder = _folder(case, identity, plan, worker)
+            if not folder.exists():
+                copies = 2 if runtime.runs_engines else 1  # the graphs' weights, and those inside the TensorRT engines
+                nbytes[folder] = copies * BYTES[case.dtype] * identity.parameters
+    require_space(_parent(plan), sum(nbytes.values()))
 
 
 def _parent(plan: Plan) -> Path:
     return plan.bundles or plan.out / "bundles"
 
 
-def _folder(case: Case, identity: Identity, plan: Plan) -> Path:
+def _folder(case: Case, identity: Identity, plan: Plan, worker: Worker) -> Path:
     """Return the folder of the bundle for a case, whose name tells all bundles of all models apart."""
     runtime = case.engine.runtime
     assert runtime
     kind = "onnx"
     if runtime.runs_engines:
-        with Device.open() as device:
-            kind = device.arch
+        kind = worker.call(host.gpu_architecture)  # not here, where an open GPU would take memory during the run
     block, digest = identity.spec.block_text, identity.digest[:12]
     name = f"{identity.name}-{block}-b{case.batch}-{case.dtype}-{kind}-{digest}"
     return _parent(plan) / name

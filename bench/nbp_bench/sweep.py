@@ -32,7 +32,7 @@ from nbp_reports.record import REFERENCE, Record
 R = TypeVar("R")
 # All times are seconds.
 LEAST_SECONDS = 20.0  # A case needs this much time left to begin,
-LEAST_CALL = 3.0  # and this much to continue: a call that overruns loses its process and the models there.
+LEAST_CALL = 3.0  # and this much to continue: a call that overruns ends its process, and its models are lost.
 CLOSE_SECONDS = 10.0  # Closing a session may take this long, whatever time is left.
 CASE_SHARE = 1 / 3  # One call may take this share of the time limit, once the weights are loaded.
 PROFILE_SECONDS = 40.0  # This much of the time limit is reserved for the profile.
@@ -101,7 +101,11 @@ class Sweep(AbstractContextManager["Sweep"]):
         groups = [*self.plan.groups()]
         for group in groups:
             conditions_for(self._identify(group[0].candidate), self.plan)  # checks the video and caches its windows
-        check_space([(case, self._identify(case.candidate)) for group in groups for case in group], self.plan)
+        check_space(
+            [(case, self._identify(case.candidate)) for group in groups for case in group],
+            self.plan,
+            self._worker("models"),
+        )
         # The worker that identified the models still holds the last one. The engines need that memory, and an export
         # loads its model again.
         self._workers.pop("models", Worker()).close()
@@ -218,8 +222,12 @@ class Sweep(AbstractContextManager["Sweep"]):
 
     def _close(self, measurement: Measurement) -> None:
         """Close a case if its process is still running. A failure is only logged, because the row is complete."""
-        worker, life, measurement.life = self._worker(self._process(measurement.case)), measurement.life, 0
-        if worker.running and worker.lives == life:
+        worker, opened_in, measurement.opened_in = (
+            self._worker(self._process(measurement.case)),
+            measurement.opened_in,
+            0,
+        )
+        if worker.running and worker.starts == opened_in:
             try:
                 worker.call(host.close_case, measurement.case, seconds=CLOSE_SECONDS)
             except WorkerError as error:
@@ -232,7 +240,7 @@ class Sweep(AbstractContextManager["Sweep"]):
         self._report(f"{measurement.case}: {stage}")
         try:
             left = self._left()
-            if left is not None and left < (LEAST_CALL if measurement.life else LEAST_SECONDS):
+            if left is not None and left < (LEAST_CALL if measurement.opened_in else LEAST_SECONDS):
                 raise _NotRunError("the time limit was reached")
             work()
         except NbpError as error:
@@ -268,7 +276,7 @@ class Sweep(AbstractContextManager["Sweep"]):
                 raise OverdueError("the time limit was reached")
             work()
         except WorkerError as error:
-            measurement.troubles.append(f"{what} failed: {' '.join(error.message.split())}")
+            measurement.optional_failures.append(f"{what} failed: {' '.join(error.message.split())}")
             self._log(f"{measurement.case}: {what}: {error.message}\n{error.trace}")
 
     def _compare(self, measurement: Measurement) -> None:
@@ -282,12 +290,12 @@ class Sweep(AbstractContextManager["Sweep"]):
         worker = self._worker(self._process(measurement.case))
         path = measurement.bundle.path if measurement.bundle else None
         measurement.notes = worker.call(host.open_case, measurement.case, path, self.plan.threads, seconds=seconds)
-        measurement.life = worker.lives
+        measurement.opened_in = worker.starts
 
     def _call(self, measurement: Measurement, function: Callable[..., R], *arguments: object) -> R:
         """Call a function of the worker on a case, and open the case again if its process was replaced meanwhile."""
         worker = self._worker(self._process(measurement.case))
-        if measurement.life != worker.lives or not worker.running:
+        if measurement.opened_in != worker.starts or not worker.running:
             self._open(measurement, self._left())
         return worker.call(function, measurement.case, *arguments, seconds=self._share())
 
@@ -303,7 +311,7 @@ class Sweep(AbstractContextManager["Sweep"]):
             worst = receipt["worst"]
             where = f"receipt: {worst['graph']} at {worst['at']}, {worst['where']}"
             return Parity(worst["worst"], worst["tolerance"], where, len(receipt["checks"]))
-        if case.device != "cpu":  # this process already holds the reference on the device
+        if case.device != "cpu":  # the worker of the PyTorch engines may already hold the reference on the device
             worker = self._worker(f"PyTorch in {case.dtype}")
             return worker.call(measure.parity, case, measurement.bundle.path, seconds=self._left())
         worker = Worker()

@@ -1,6 +1,6 @@
 """The PyTorch engines that the exported graphs are compared with; they implement the same `Session` protocol.
 
-`NaiveSession` is the authors' loop. `EagerSession` is the same model in well-written PyTorch; cuda_graphs.py captures
+`NaiveSession` is the authors' loop. `EagerSession` has static caches and fused projections; cuda_graphs.py captures
 its steps. fp32 logits on the CPU are numpy arrays. Other logits stay on their device, where the tokens are drawn too.
 
 Shape legend: B batch, L tokens in a block, P condition tokens, T tokens in the call, N heads, S cache slots, D head

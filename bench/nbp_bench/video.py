@@ -212,7 +212,7 @@ def write(path: Path, tiles: Sequence[np.ndarray], rate: Fraction) -> None:
 
 @contextmanager
 def output_file(out: Path, force: bool) -> Iterator[Path]:
-    """Check `out` first, and yield a path beside it whose file takes the name `out` if the block succeeds.
+    """Check `out` first, and yield a path beside it whose file takes the name `out` if the `with` statement succeeds.
 
     Raises UsageError for a suffix that `write` does not know, if `out` exists and `force` is not set, and if its folder
     cannot be written to.

@@ -59,11 +59,11 @@ class Worker:
     """The parent's end of a process, which starts with the first call, and again after a failure that ended it.
 
     Attributes:
-        lives: number of processes started so far. What an earlier process had open is lost.
+        starts: number of processes started so far. What an earlier process had open is lost.
     """
 
     def __init__(self) -> None:
-        self.lives = 0
+        self.starts = 0
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
 
@@ -71,10 +71,10 @@ class Worker:
         """Call a module-level function with the child's host, for at most `seconds`, and return its result.
 
         Raises WorkerError if the call fails or the process dies, OverdueError if it takes longer. The next call then
-        starts a fresh process, unless the error was an NbpError.
+        starts a fresh process, unless the call ended with an error after which CUDA still works.
         """
         pipe = self._started()
-        with suppress(BrokenPipeError):  # the child is dead, and receiving will report it
+        with suppress(BrokenPipeError):  # the child has died, which receiving reports below
             pipe.send((function, arguments))
         try:
             if not pipe.poll(seconds):
@@ -102,7 +102,7 @@ class Worker:
             with _shielded():
                 self._process.start()
             theirs.close()
-            self.lives += 1
+            self.starts += 1
         return self._pipe
 
     def _death(self) -> WorkerError:
@@ -127,7 +127,7 @@ class Worker:
 
 @contextmanager
 def _shielded() -> Iterator[None]:
-    """Shield processes that start in this block from Ctrl-C and from modules in the current folder.
+    """Shield processes that start in this context from Ctrl-C and from modules in the current folder.
 
     The child inherits a blocked SIGINT, so that only the parent receives Ctrl-C and then ends the child. In safe path
     mode, Python does not import a `types.py` or `socket.py` that happens to lie in the current folder.

@@ -1,7 +1,7 @@
 """Access to an NVIDIA GPU through cuda-python: memory, one stream, CUDA graphs and the sampling kernel.
 
-All work is enqueued on one stream of the device, which runs it in that order. Closing the device frees everything that
-was allocated on it. Tests run this module against an emulation of CUDA (tests/engines/emulated.py).
+All work is enqueued on one stream of the device, which runs it in the order of enqueuing. Closing the device frees
+everything that was allocated on it. Tests run this module against an emulation of CUDA (tests/engines/emulated.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -88,9 +88,11 @@ class Device:
         name = bytes(properties.name).partition(b"\0")[0].decode()
         return cls(name, f"sm{properties.major}{properties.minor}", stream, resources)
 
-    def free(self) -> int:
-        """Return how many bytes of device memory are free now."""
-        _, free, _ = bindings("runtime").cudaMemGetInfo()
+    def free_bytes(self) -> int:
+        """Return how many bytes of device memory are free now. Raises EngineError if CUDA fails."""
+        status, free, _ = bindings("runtime").cudaMemGetInfo()
+        if status.value:
+            raise EngineError(f"CUDA cannot tell how much memory is free: {status.name}")
         return int(free)
 
     def allocate(self, shape: Sequence[int], dtype: str, name: str = "a tensor") -> "Buffer":
@@ -110,7 +112,7 @@ class Device:
         if status == rt.cudaError_t.cudaErrorMemoryAllocation:
             rt.cudaGetLastError()  # this resets the error, which another library would report as its own
             raise EngineError(
-                f"no memory for {name} on {self.name}: it needs {nbytes:,} bytes, {self.free():,} are free"
+                f"no memory for {name} on {self.name}: it needs {nbytes:,} bytes, {self.free_bytes():,} are free"
             )
         if status.value:
             raise EngineError(f"cudaMalloc: {status.name}")
@@ -256,7 +258,7 @@ class Mirror:
         enqueue_copy(self.buffer.device, self._pinned, self.buffer.ptr, self.buffer.nbytes, "DeviceToHost")
 
 
-class Graph:
+class CudaGraph:
     """A CUDA graph of the work that a function enqueues on the device's stream. One launch runs all of it.
 
     Raises EngineError if the work cannot be captured.
@@ -309,7 +311,7 @@ class Sampler:
         """Draw tokens int64 [...], which are valid until the next draw of the same number of tokens.
 
         Args:
-            logits: [...,V]. Those of a numpy array are drawn on the host.
+            logits: [...,V]. If they are a numpy array, the tokens are drawn on the host.
             uniforms: float64 [...] in [0,1): one number for each clip, or for each token of a block of each clip.
             settings: how to draw.
         """

@@ -8,7 +8,7 @@ class BundleError(NbpError):
 
 
 class EngineError(NbpError):
-    """A runtime that is missing, or that refuses a graph or its inputs."""
+    """An engine, a runtime or a GPU that is missing or fails, or that refuses a bundle or its inputs."""
 
 
 class ReceiptWarning(UserWarning):

@@ -67,7 +67,7 @@ class Clip:
 class Generator:
     """Generates clips with a session.
 
-    The methods take `sample`, the clip index: clip b of a batch has the noise of clip index `sample + b`.
+    Clip b of a batch has the noise of the clip index `clip_index + b`.
 
     Attributes:
         session: the session that runs the model.
@@ -80,37 +80,37 @@ class Generator:
         self.sampling = sampling or session.sampling
         self.seed = seed
 
-    def predict(self, frames: np.ndarray, sample: int = 0) -> Clip:
+    def predict(self, frames: np.ndarray, clip_index: int = 0) -> Clip:
         """Predict the frames that follow the given `frames`, float32 [B,3,F,H,W] in [0,1].
 
         Raises UsageError for frames of another shape than the session's, and if the model is class-conditional.
         """
         timeline = Timeline()
-        return self._clip(self._encode(frames, timeline), sample, timeline)
+        return self._clip(self._encode(frames, timeline), clip_index, timeline)
 
-    def generate(self, text: np.ndarray, sample: int = 0) -> Clip:
+    def generate(self, text: np.ndarray, clip_index: int = 0) -> Clip:
         """Generate a whole clip of the class that `text` names, text ids int64 [B,P] for a class-conditional model.
 
         Raises UsageError for wrong shapes or ids, and if the model is not class-conditional.
         """
         if not self.session.spec.hybrid:
             raise UsageError("the model is not class-conditional: call predict(frames) with the given frames")
-        return self._clip(text, sample, Timeline())
+        return self._clip(text, clip_index, Timeline())
 
-    def _clip(self, condition: np.ndarray, sample: int, timeline: Timeline) -> Clip:
+    def _clip(self, condition: np.ndarray, clip_index: int, timeline: Timeline) -> Clip:
         """Generate all tokens after a condition [B,P], as `blocks` takes it, and decode the predicted frames."""
         if isinstance(self.session, Unrolling) and self.session.unrolls:
-            clip = self._unrolled(self.session, condition, sample, timeline)
+            clip = self._unrolled(self.session, condition, clip_index, timeline)
         else:
-            for tokens in self.blocks(condition, sample, timeline):
+            for tokens in self.blocks(condition, clip_index, timeline):
                 clip = tokens
         return self._decode(clip, self.session.spec.condition_frames, self.session.spec.video[0], timeline)
 
-    def _unrolled(self, session: Unrolling, condition: np.ndarray, sample: int, timeline: Timeline) -> np.ndarray:
+    def _unrolled(self, session: Unrolling, condition: np.ndarray, clip_index: int, timeline: Timeline) -> np.ndarray:
         """Return the token ids [B,T·H·W] with which `blocks` ends, generated in one call and timed as one stage."""
         spec = self.session.spec
         clip, prefix = self._begin(condition)
-        noise = np.stack([self._noise(sample, block) for block in range(spec.blocks)])
+        noise = np.stack([self._noise(clip_index, block) for block in range(spec.blocks)])
         clip[:, spec.block_order()[-spec.blocks * spec.block_size :]] = session.unroll(prefix, noise, self.sampling)
         timeline.mark("loop")
         return clip
@@ -125,12 +125,12 @@ class Generator:
         clip[:, : spec.condition_tokens] = condition
         return clip, clip[:, spec.block_order()[: spec.condition_tokens]]
 
-    def _noise(self, sample: int, block: int) -> np.ndarray:
+    def _noise(self, clip_index: int, block: int) -> np.ndarray:
         """Return the uniforms [B,L] of a block, for each clip of the batch."""
         spec = self.session.spec
-        return np.stack([uniforms(self.seed, sample + b, block, spec.block_size) for b in range(spec.batch)])
+        return np.stack([uniforms(self.seed, clip_index + b, block, spec.block_size) for b in range(spec.batch)])
 
-    def stream(self, condition: np.ndarray, sample: int = 0) -> Iterator[Clip]:
+    def stream(self, condition: np.ndarray, clip_index: int = 0) -> Iterator[Clip]:
         """Generate the clip of `predict` or `generate`, and yield its frames as soon as their tokens are complete.
 
         Each yielded `Clip` has the new frames only, those of as many latent frames as a block spans. The decoder is
@@ -138,22 +138,24 @@ class Generator:
 
         Args:
             condition: the given frames as `predict` takes them, or for a hybrid the text as `generate` takes it.
-            sample: the clip index.
+            clip_index: the clip index of the first clip of the batch.
         """
         spec = self.session.spec
-        # So many blocks complete the next block[0] latent frames.
+        # The number of blocks that fill block[0] latent frames.
         blocks_per_part = spec.block[0] * spec.latent[1] * spec.latent[2] // spec.block_size
         timeline = Timeline()
         condition_tokens = condition if spec.hybrid else self._encode(condition, timeline)
         first = spec.condition_frames
-        for count, tokens in enumerate(self.blocks(condition_tokens, sample, timeline), start=1):
+        for count, tokens in enumerate(self.blocks(condition_tokens, clip_index, timeline), start=1):
             if count % blocks_per_part == 0:
                 last = spec.frames(spec.condition_latents + count // blocks_per_part * spec.block[0])
                 yield self._decode(tokens, first, last, timeline)
                 timeline.skip()
                 first = last
 
-    def blocks(self, condition: np.ndarray, sample: int = 0, timeline: Timeline | None = None) -> Iterator[np.ndarray]:
+    def blocks(
+        self, condition: np.ndarray, clip_index: int = 0, timeline: Timeline | None = None
+    ) -> Iterator[np.ndarray]:
         """Generate block by block, and yield the token ids [B,T·H·W] of the clip after each block.
 
         The ids are in raster order and include those of the given frames. `SystemSpec.codes` turns them into the video
@@ -161,7 +163,7 @@ class Generator:
 
         Args:
             condition: int64 [B,P], the codes of the given frames in raster order, or a hybrid's text ids.
-            sample: the clip index.
+            clip_index: the clip index of the first clip of the batch.
             timeline: where to record the time of prefill, samples and steps.
 
         Raises UsageError if the condition has a wrong shape or ids that the model does not have.
@@ -173,7 +175,7 @@ class Generator:
         logits = self.session.prefill(prefix)
         timeline.mark("prefill")
         for block in range(spec.blocks):
-            noise = self._noise(sample, block)
+            noise = self._noise(clip_index, block)
             if spec.hybrid and block == 0:
                 tokens = self._first_block(noise, timeline)
             else:

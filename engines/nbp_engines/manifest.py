@@ -11,7 +11,7 @@ from typing import Any, Self
 from nbp_engines.errors import BundleError
 from nbp_engines.loop import loop_of
 from nbp_engines.sampling import Sampling
-from nbp_engines.shell import command_line, is_utf8, utf8_cure
+from nbp_engines.shell import command_line, is_utf8, utf8_advice
 from nbp_engines.spec import GraphSpec, SystemSpec
 from nbp_engines.strict import ANYTHING, FLAG, FROM_0, TEXT, Rule, check, matching, number, whole
 
@@ -88,7 +88,7 @@ def refuse_non_utf8(path: Path) -> None:
     """Raise BundleError if the path of a bundle's folder is not valid UTF-8, because the runtimes cannot open it."""
     if not is_utf8(path):
         raise BundleError(
-            f"{path} is not UTF-8, which the runtimes need in the name of a bundle's folder: {utf8_cure('rename it')}"
+            f"{path} is not UTF-8, which the runtimes need in the name of a bundle's folder: {utf8_advice('rename it')}"
         )
 
 

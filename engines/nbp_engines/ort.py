@@ -166,7 +166,7 @@ class OrtSession(GraphSession):
                 )
             except Exception as error:  # ONNX Runtime's exceptions have no common base class except Exception
                 raise EngineError(f"ONNX Runtime {ort.__version__} refuses {path}: {error}") from error
-            if (actual := sessions[path].get_providers()[0]) not in provider:
+            if (actual := sessions[path].get_providers()[0]) != provider[0]:
                 raise EngineError(f"{path}: ONNX Runtime chose {actual}, not the requested provider {provider[0]}")
             _check(sessions[path], spec, path)
         self.states = {t.name: self._memory(t) for t in state_tensors(specs.values()).values()}
@@ -212,11 +212,11 @@ class OrtSession(GraphSession):
 class OrtCudaSession(OrtSession):
     """A session on a bundle in ONNX Runtime's CUDA provider. Logits and caches stay on the GPU.
 
-    With version 1.31.1 and a stand-in for CUDA that computes nothing, the provider was found to do this with our
-    graphs: It accepts every node of prefill and step (TensorScatter, Attention-24, LayerNormalization, Gelu, MatMul),
-    also in bf16, and captures a CUDA graph of them. A step copies no cache and waits for nothing. encode and decode run
-    in fp32 and fp16, with each group norm split into simpler operators; Pad has no bf16 kernel. If a node had to run on
-    the CPU, which needs a Memcpy, `enable_cuda_graph` makes ONNX Runtime refuse the graph instead of falling back.
+    Version 1.31.1, tested with a stand-in for CUDA that computes nothing, accepts every node of our prefill and step
+    (TensorScatter, Attention-24, LayerNormalization, Gelu, MatMul), also in bf16, and captures a CUDA graph of them. A
+    step copies no cache and waits for nothing. encode and decode run in fp32 and fp16, with each group norm split into
+    simpler operators; Pad has no bf16 kernel. If a node had to run on the CPU, which needs a Memcpy,
+    `enable_cuda_graph` makes ONNX Runtime refuse the graph instead of falling back.
     """
 
     device_type = "cuda"

@@ -191,9 +191,9 @@ class GraphSession(ABC):
         return np.asarray(self.run("encode", video=video))
 
     def prefill(self, tokens: np.ndarray) -> Any:
-        """Return the logits [B,L,V] after the condition int64 [B,P].
+        """Return the logits [B,min(P,L),V] after the condition int64 [B,P].
 
-        The caches need not be cleared, because a graph never reads the slots behind its current tokens.
+        The caches need not be cleared, because a graph never reads the slots after its current tokens.
         """
         return self.run("prefill", tokens=tokens, cache_pos=np.zeros(self.spec.batch, np.int64))
 

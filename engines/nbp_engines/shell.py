@@ -35,14 +35,14 @@ def _escaped(character: str) -> str:
 
 
 def is_utf8(path: os.PathLike[str]) -> bool:
-    """Whether libraries, which read a name as UTF-8, find the file that Python finds, which asks the locale."""
+    """Return whether a path has the same bytes in UTF-8, which libraries use, and in the locale's encoding."""
     try:
         return os.fsencode(path) == os.fspath(path).encode("utf-8")
     except UnicodeEncodeError:
         return False
 
 
-def utf8_cure(change: str) -> str:
-    """What makes a name UTF-8: the change, or a setting where the locale has names in another encoding."""
+def utf8_advice(change: str) -> str:
+    """Return the advice for a name that is not UTF-8: a change, and a setting if the locale's encoding is another."""
     encoding = sys.getfilesystemencoding()
     return change if encoding == "utf-8" else f"{change}, or set PYTHONUTF8=1, since names are read as {encoding} here"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 LEGEND = """\
-The table lists what the authors of this version did; a receipt lists what your machine did. An emulated GPU is host
+The table lists what the maintainers executed; a receipt lists what your machine executed. An emulated GPU is host
 memory behind the functions of CUDA and TensorRT (`tests/engines/emulated.py`): our calls are the real ones, and ONNX
 Runtime computes the graphs on a CPU."""
 

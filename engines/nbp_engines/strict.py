@@ -29,8 +29,8 @@ class Kind:
     test: Callable[[Any], bool]
 
 
-# What a rule describes: a tuple of rules, a list of that length; a list with one rule, a list of any length; a mapping,
-# an object with exactly these names, where the name `...` allows any other names.
+# A tuple of rules describes a list of that length. A list with one rule describes a list of any length. A mapping
+# describes an object with exactly these names; the name `...` allows others.
 Rule: TypeAlias = "Kind | tuple[Rule, ...] | list[Rule] | Mapping[Any, Rule]"
 
 

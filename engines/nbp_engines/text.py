@@ -29,8 +29,8 @@ def class_ids(name: str, spec: SystemSpec, words: Sequence[str], tokenizer: Path
         name: a name such as ApplyEyeMakeup. It is split at capital letters and put in lower case.
         spec: the static numbers of the bundle.
         words: the words of a model that has its own. The id of a word is its index, and 0 fills the rest of the text.
-        tokenizer: the file of LLaMA's tokenizer, its SentencePiece model or its `tokenizer.json`, for other models. The
-            text begins with begin-of-text, and end-of-text fills the rest.
+        tokenizer: for a model without words of its own, LLaMA's `tokenizer.model` or `tokenizer.json`. The text begins
+            with begin-of-text, and end-of-text fills the rest.
 
     Raises UsageError for an unknown word and for a missing or wrong tokenizer, and EngineError if the package that
     reads the tokenizer is not installed.

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nbp_engines.bundle import Bundle
-from nbp_engines.cuda import Buffer, Device, Graph, Mirror, Sampler, enqueue_copy, gpu_name, gpu_problem
+from nbp_engines.cuda import Buffer, CudaGraph, Device, Mirror, Sampler, enqueue_copy, gpu_name, gpu_problem
 from nbp_engines.errors import EngineError
 from nbp_engines.manifest import Engine
 from nbp_engines.runtime import OpenOptions, Runtime
@@ -73,11 +73,11 @@ class _Profile:
         # The first run finishes late compilation and allocation, which a capture would not allow.
         self._enqueue()
         device.synchronize()
-        self.captured: Graph | None = None  # without it, each run enqueues the work anew
+        self.captured: CudaGraph | None = None  # without it, each run enqueues the work anew
         # Only TensorRT-RTX has this function.
         if getattr(context, "is_stream_capturable", lambda _: True)(device.stream):
             with suppress(EngineError):
-                self.captured = Graph(device, self._enqueue)
+                self.captured = CudaGraph(device, self._enqueue)
 
     def _require(self, accepted: bool, setting: str) -> None:
         if not accepted:
@@ -244,7 +244,7 @@ def _load(trt: Any, path: Path, device: Device, runtimes: list[Any]) -> Any:
         reason = "; ".join(log.messages("ERROR", "INTERNAL_ERROR")[-3:]) or "it gives no reason"
         raise EngineError(
             f"{trt.__name__} {trt.__version__} cannot load {path} on {device.name}: {reason} "
-            f"(the file has {path.stat().st_size:,} bytes, the GPU has {device.free():,} bytes free)"
+            f"(the file has {path.stat().st_size:,} bytes, the GPU has {device.free_bytes():,} bytes free)"
         )
     return engine
 

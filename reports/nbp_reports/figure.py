@@ -16,7 +16,7 @@ PAPER_FPS = {1: 0.80, 8: 5.24, 16: 8.89, 32: 10.81, 64: 14.12, 256: 17.14}
 
 
 def plain(text: str) -> str:
-    """Return a text with its dollar signs escaped, between which matplotlib would read mathematics."""
+    """Return a text with its dollar signs escaped, because matplotlib reads text between two of them as mathematics."""
     return printable(text).replace("$", r"\$")
 
 

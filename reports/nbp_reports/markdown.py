@@ -36,7 +36,7 @@ TEMPLATE = """\
 ## How to read the results
 - FPS counts the predicted frames of a clip over the wall time from the condition to the last predicted frame, which
   includes encode, prefill, steps, sampling and decode. It is the median of a row's clips. The figure has a dot for
-  every clip, and `records.jsonl` holds every sample.
+  every clip, and `records.jsonl` holds every time.
 - `spread` is the interquartile range of the clips' times over their median.{{ "" if steady else
   " **It exceeds 10%, so this machine was not steady**: smaller differences in FPS mean nothing." }}
 - The stages are mean seconds per clip, and they add up to the wall time. `one step ms` is the median of single steps.
@@ -45,10 +45,10 @@ TEMPLATE = """\
   complete.
 {%- endif %}
 - `1st frame s` is the time from the call until the first predicted frames exist, in a separate run that streams.
-- `peak MB` is the peak memory of the engine's own process, or on a GPU what the engine holds there at most.
+- `peak MB` is the peak memory of the engine's own process, and on a GPU the most GPU memory that the engine holds.
 - `tokens` compares the tokens of all engines, which draw from the same noise, with those of the reference, eager
-  PyTorch. Engines round logits differently in the last bits. A draw whose noise falls within that rounding of the edge
-  between two tokens may therefore flip, and everything after it differs too.
+  PyTorch. Engines round logits differently in the last bits. If the noise of a draw is that close to the edge between
+  two tokens, engines may draw different tokens, and everything after that differs too.
 {%- if on_device %}
 - `error` is the largest error of all checks against the reference in fp32, relative to the largest expected value.
 - `% copy BW` and `% peak BW` are shares of the memory bandwidth that a large copy reached and of the device's peak.

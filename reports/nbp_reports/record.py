@@ -32,12 +32,13 @@ class Record:
         model, weights_sha256, trained: the model, and whether its weights were trained for the block; if not, only
             speed and memory are meaningful.
         block, block_size, engine, dtype, batch, threads, device: the settings of the engine.
-        video: the source of the condition: a video, classes, or noise.
+        video: the source of the condition: a video, classes, text ids, or random frames.
         seed, temperature, top_k, top_p: the settings of the sampling.
-        interleaved: whether the engines took turns, clip by clip, in processes that exist at the same time.
+        interleaved: whether the engines took turns, clip by clip, instead of running one after another.
         frames: predicted frames per clip.
         steps: forward passes per clip as the paper counts them, in which the prefill is the first step.
-        total_ns: the wall time of each clip, to which its stages add up; empty if nothing was measured.
+        total_ns: the wall time of each clip, or of each batch of clips, to which its stages add up; empty if nothing
+            was measured.
         encode_ns, prefill_ns, step_ns, sample_ns, decode_ns: the time of every call of a stage, clip after clip. On a
             GPU, calls return before the work is done, so the time of a sample includes most of its step.
         loop_ns: the time of prefill, steps and sampling together, for an engine that does not return between them.
@@ -57,7 +58,8 @@ class Record:
             second.
         peak_bandwidth: the bandwidth in bytes per second that follows from the device's memory clock and bus width.
         parity_error: the largest error of all checks against the fp32 reference, relative to the largest expected
-            value; the largest float if the error is not finite, because JSON has no infinity.
+            magnitude or to 1, whichever is larger; the largest float if the error is not finite, because JSON has no
+            infinity.
         parity_allowed: the tolerance of the check with that error.
         parity_where: that check, and the element with the error.
         role: `reference` for the engine whose tokens the others are compared with, `baseline` for the authors' loop.

@@ -59,7 +59,7 @@ def _megabytes(nbytes: int | None) -> str:
     return _number(None if nbytes is None else nbytes / 1e6, 0)
 
 
-def _total(record: Record) -> float | None:
+def _mean_seconds(record: Record) -> float | None:
     return sum(record.total_ns) / len(record.total_ns) / 1e9 if record.total_ns else None
 
 
@@ -85,7 +85,7 @@ STAGE_TIMES: Columns = {
     "block": lambda r: r.block,
     "engine": lambda r: r.engine,
     **{f"{stage} s": _stage(stage, 1, 3) for stage in STAGES},
-    "sum s": lambda r: _number(_total(r), 3),
+    "sum s": lambda r: _number(_mean_seconds(r), 3),
     "one step ms": lambda r: _number(r.step_ms, 2),
 }
 ON_DEVICE: Columns = {
@@ -141,9 +141,14 @@ def caption(records: Sequence[Record]) -> str:
     return printable("; ".join(parts))
 
 
-def label(record: Record) -> str:
-    """Return the label of a model's strip in a picture of clips."""
-    return record.block if record.trained else f"{record.block}\nuntrained"
+def labels(records: Sequence[Record]) -> list[str]:
+    """Return the name of each record's clips in a picture: its block, and whatever else differs among the records."""
+    varying = [cell for cell in IDENTITY.values() if len({cell(record) for record in records}) > 1]
+    untrained = any(not record.trained for record in records) and not varying
+    return [
+        "\n".join([record.block, *(cell(record) for cell in varying), *(["untrained"] if untrained else [])])
+        for record in records
+    ]
 
 
 def log_line(record: Record) -> str:

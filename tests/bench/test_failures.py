@@ -48,7 +48,7 @@ class Here(Worker):
 
     def call(self, function: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
         if self.host is None:
-            self.host, self.lives = Host(), self.lives + 1
+            self.host, self.starts = Host(), self.starts + 1
         name, engine = function.__name__, getattr(getattr(arguments[0], "engine", None), "name", "")
         self.log.append((name, engine, seconds))
         try:
@@ -125,7 +125,7 @@ def test_an_engine_that_nothing_was_compared_with_is_an_error(
     monkeypatch.setattr(Sweep, "run", lambda _: iter([rows]))
     done = CliRunner().invoke(main, ["--sizes", "256", "--out", str(tmp_path / "out")])
     assert done.exit_code == 1
-    assert "could not compare with the reference: 1x16x16 fp32 eager" in " ".join(done.output.split())
+    assert "these could not be compared with the reference: 1x16x16 fp32 eager" in " ".join(done.output.split())
     assert "1x16x16 fp32 eager" in done.output
     assert (tmp_path / "out" / "records.jsonl").exists()
 

@@ -51,7 +51,7 @@ def test_errors_come_back_in_words_and_only_broken_processes_are_replaced() -> N
         with pytest.raises(WorkerError, match=r"^it took longer than 1 s$"):
             worker.call(hang, seconds=1)
         assert len({first, second, third, worker.call(pid)}) == 4
-        assert worker.lives == 4
+        assert worker.starts == 4
     finally:
         worker.close()
 

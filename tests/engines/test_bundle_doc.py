@@ -74,7 +74,7 @@ def test_a_program_that_follows_the_page_gets_the_same_clips(bundle: Bundle, set
     clip, codes = by_the_book.generate(bundle.path, condition(bundle), seed=2**63 + 5, sample=7)
     (bundle.path / MANIFEST).write_bytes(bundle.manifest.to_bytes())
     with OrtSession(replace(bundle, manifest=manifest), OpenOptions(threads=1)) as session:
-        for raster in Generator(session, seed=2**63 + 5).blocks(condition(bundle), sample=7):
+        for raster in Generator(session, seed=2**63 + 5).blocks(condition(bundle), clip_index=7):
             tokens = raster
     assert np.array_equal(clip, tokens)
     assert np.array_equal(codes, bundle.manifest.spec.codes(tokens))

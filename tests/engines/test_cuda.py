@@ -16,7 +16,7 @@ import pytest
 import tensorrt_rtx
 
 from nbp_engines import cuda
-from nbp_engines.cuda import Device, Graph, Mirror, Sampler, enqueue_copy
+from nbp_engines.cuda import CudaGraph, Device, Mirror, Sampler, enqueue_copy
 from nbp_engines.errors import EngineError
 from nbp_engines.sampling import GREEDY, Sampling, sample
 from nbp_engines.spec import SystemSpec
@@ -149,10 +149,10 @@ def given_to_cuda() -> list[tuple[Any, tuple[Any, ...]]]:
     with emulated(Gpu()) as gpu:
         device = Device.open()
         sampler, logits = Sampler(device, SPEC), device.allocate((1, 4, SPEC.vocab), "fp32")
-        Graph(device, Mirror(device, [2], "fp32").enqueue_write).launch()
+        CudaGraph(device, Mirror(device, [2], "fp32").enqueue_write).launch()
         sampler.sample(logits, np.full((1, 4), 0.5), Sampling())
         logits.read()
-        device.free()
+        device.free_bytes()
         device.close()
         first = {function.__name__: (function, given) for function, given in reversed(gpu.calls)}
     return [first[name] for name in sorted(first) if not name.startswith("nvrtc")]
@@ -179,7 +179,7 @@ def device(gpu: Gpu) -> Iterator[Device]:  # noqa: ARG001 - the fixture has to b
 
 def test_a_device_has_name_architecture_and_free_memory(device: Device) -> None:
     assert (device.name, device.arch) == ("Emulated", "sm80")
-    assert device.free() == 80 * 2**30
+    assert device.free_bytes() == 80 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_captured_call_runs_when_it_is_launched_and_not_before(device: Device)
         enqueue_copy(device, out.host.ctypes.data, given.buffer.ptr, 32, "DeviceToHost")
 
     out.host[:] = -1
-    graph = Graph(device, double)
+    graph = CudaGraph(device, double)
     for values in ([1, 2, 3, 4], [5, 6, 7, 8]):
         given.host[:] = values
         device.synchronize()
@@ -282,7 +282,7 @@ def test_a_capture_that_fails_leaves_the_stream_usable(gpu: Gpu, device: Device)
         mirror.buffer.read()
 
     with pytest.raises(EngineError, match="StreamCapture"):
-        Graph(device, waits)
+        CudaGraph(device, waits)
     assert gpu.capturing is None
     assert not mirror.buffer.read().any()
 

@@ -147,7 +147,7 @@ def generated_by_hand(condition: np.ndarray, block: tuple[int, int, int], seed: 
 def test_tokens_are_those_worked_out_by_hand(block: tuple[int, int, int]) -> None:
     session = FakeSession(spec_of(block, batch=2))
     frames = frames_for(session.spec)
-    clip = Generator(session, seed=5).predict(frames, sample=3)
+    clip = Generator(session, seed=5).predict(frames, clip_index=3)
     condition = FakeSession(session.spec).encode(frames)
     assert clip.tokens.tolist() == [generated_by_hand(condition[b], block, 5, 3 + b) for b in range(2)]
     assert np.array_equal(clip.video, np.stack([video_of(row) for row in clip.tokens])[:, :, 5:])
@@ -220,9 +220,9 @@ def test_a_clip_stays_as_it_was_when_the_session_makes_another() -> None:
 def test_clips_of_a_batch_have_the_noise_of_successive_clip_indices() -> None:
     batch = FakeSession(spec_of((1, 2, 2), batch=3))
     frames = frames_for(batch.spec)
-    together = Generator(batch, seed=9).predict(frames, sample=4)
+    together = Generator(batch, seed=9).predict(frames, clip_index=4)
     for b in range(3):
-        alone = Generator(FakeSession(spec_of((1, 2, 2))), seed=9).predict(frames[b : b + 1], sample=4 + b)
+        alone = Generator(FakeSession(spec_of((1, 2, 2))), seed=9).predict(frames[b : b + 1], clip_index=4 + b)
         assert np.array_equal(alone.tokens[0], together.tokens[b])
         assert np.array_equal(alone.video[0], together.video[b])
 
@@ -233,7 +233,7 @@ def test_the_clip_depends_on_seed_and_clip_index_alone() -> None:
     first = Generator(session, seed=1).predict(frames)
     assert np.array_equal(Generator(session, seed=1).predict(frames).tokens, first.tokens)
     assert not np.array_equal(Generator(session, seed=2).predict(frames).tokens, first.tokens)
-    assert not np.array_equal(Generator(session, seed=1).predict(frames, sample=1).tokens, first.tokens)
+    assert not np.array_equal(Generator(session, seed=1).predict(frames, clip_index=1).tokens, first.tokens)
 
 
 def test_sampling_settings_reach_the_session() -> None:
@@ -303,10 +303,10 @@ def test_a_session_may_make_all_tokens_in_one_call(
     block: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(block, batch=2)
-    expected = Generator(FakeSession(spec), seed=5).predict(frames_for(spec), sample=3)
+    expected = Generator(FakeSession(spec), seed=5).predict(frames_for(spec), clip_index=3)
     session = UnrollingSession(spec)
     monkeypatch.setattr(module, "time", Clock(session))
-    clip = Generator(session, seed=5).predict(frames_for(spec), sample=3)
+    clip = Generator(session, seed=5).predict(frames_for(spec), clip_index=3)
     assert np.array_equal(clip.tokens, expected.tokens)
     assert np.array_equal(clip.video, expected.video)
     assert [name for name, _ in session.calls] == ["encode", "unroll", "decode"]
