@@ -12,4 +12,5 @@ def need(extra: str, *modules: str) -> None:
     if missing:
         # An ONNX Runtime that is already installed may be the GPU build, which the CPU build would overwrite.
         extras = f"{extra},{DEFAULT.extra}" if find_spec("onnxruntime") is None else extra
-        raise NbpError(f"{', '.join(missing)} missing: pip install 'nbp-export[{extras}]'")
+        verb = "is" if len(missing) == 1 else "are"
+        raise NbpError(f"{', '.join(missing)} {verb} not installed: pip install 'nbp-export[{extras}]'")

@@ -187,6 +187,22 @@ def test_bad_clips_are_skipped_only_on_request_and_counted(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("projected")
+def test_a_set_of_bad_clips_alone_is_refused(tmp_path: Path) -> None:
+    real, fake = folder_of(tmp_path / "real", *range(5)), folder_of(tmp_path / "fake")
+    bad(fake, "short")
+    done = CliRunner().invoke(main, ["fvd", "--real", str(real), "--fake", str(fake), "--skip-bad"])
+    assert done.exit_code == 2
+    assert "at least 2 clips per set, not 5 real and 0 fake" in done.output
+
+
+def test_a_package_that_is_missing_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbp_export._extras.find_spec", lambda name: None if name == "scipy" else name)
+    done = CliRunner().invoke(main, ["fvd", "--real", str(tmp_path), "--fake", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "scipy is not installed: pip install" in done.output
+
+
+@pytest.mark.usefixtures("projected")
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -242,7 +242,7 @@ def test_what_is_neither_a_path_nor_an_id_is_refused(
 def test_a_missing_library_is_reported_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_extras, "find_spec", lambda _: None)
-    with pytest.raises(NbpError, match=r"huggingface_hub missing: pip install 'nbp-export\[hub"):
+    with pytest.raises(NbpError, match=r"huggingface_hub is not installed: pip install 'nbp-export\[hub"):
         hub.fetch(Path("org/one/a.ckpt"))
 
 

@@ -83,12 +83,12 @@ def test_tensorrt_11_is_not_installed() -> None:
         pytest.skip("TensorRT 11 is installed")
     done = CliRunner().invoke(main, ["trt", "--builder", "tensorrt"])
     assert done.exit_code == 1
-    assert "tensorrt missing: pip install 'nbp-export[trt" in done.output
+    assert "tensorrt is not installed: pip install 'nbp-export[trt" in done.output
 
 
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt_library, "RTX", replace(RTX, module="tensorrt_of_nobody"))
-    with pytest.raises(NbpError, match="tensorrt_of_nobody missing: pip install"):
+    with pytest.raises(NbpError, match="tensorrt_of_nobody is not installed: pip install"):
         Options().resolve()
 
 

@@ -239,6 +239,13 @@ def test_an_interrupted_write_leaves_the_old_records(tmp_path: Path) -> None:
     assert record.read(path) == [_record()]
 
 
+def test_labels_of_clips_differ_where_the_records_do() -> None:
+    rows = [_record(), _record(engine="eager"), _record(model="other"), _record(block="1x1x1")]
+    assert table.labels(rows[:2]) == ["1x1x16", "1x1x16"]  # one model, whose engines make one clip
+    assert table.labels(rows) == ["1x1x16\nnbp-tiny", "1x1x16\nnbp-tiny", "1x1x16\nother", "1x1x1\nnbp-tiny"]
+    assert table.labels([_record(trained=False)]) == ["1x1x16\nuntrained"]
+
+
 def test_contact_sheet_goes_into_the_report(tmp_path: Path) -> None:
     video = np.random.default_rng(0).integers(0, 256, (17, 3, 32, 32), np.uint8)
     figure.contact_sheet({"filmed": video[:9], "L = 16": video}, 5, tmp_path / markdown.SHEET)
