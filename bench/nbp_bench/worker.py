@@ -19,7 +19,6 @@ from nbp_engines.errors import EngineError
 from nbp_errors import NbpError
 
 R = TypeVar("R")
-SAFE_PATH = "PYTHONSAFEPATH"
 
 
 class _Failure(NamedTuple):
@@ -130,18 +129,21 @@ def _shielded() -> Iterator[None]:
     """Shield processes that start in this context from Ctrl-C and from modules in the current folder.
 
     The child inherits a blocked SIGINT, so that only the parent receives Ctrl-C and then ends the child. In safe path
-    mode, Python does not import a `types.py` or `socket.py` that happens to lie in the current folder.
+    mode, Python does not import a `types.py` or `socket.py` that happens to lie in the current folder. The process that
+    tracks semaphores for multiprocessing starts here too; it need not warn about those of a child that was killed.
     """
-    safe_path = os.environ.get(SAFE_PATH)
+    warnings = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]))
+    changes = {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": warnings}
+    before = {name: os.environ.get(name) for name in changes}
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    os.environ[SAFE_PATH] = "1"
+    os.environ |= changes
     try:
         yield
     finally:
-        if safe_path is None:
-            del os.environ[SAFE_PATH]
-        else:
-            os.environ[SAFE_PATH] = safe_path
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 

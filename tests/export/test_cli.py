@@ -293,7 +293,7 @@ def test_missing_extras_are_one_line_and_the_command_installs_them(monkeypatch: 
     monkeypatch.setattr(_extras, "find_spec", nothing)
     message = refused(1, "--model", "nbp-tiny", "--weights", "random")
     assert "torch" in requested
-    assert f"{', '.join(dict.fromkeys(requested))} is not installed: pip install 'nbp-export[export,cpu]'" in message
+    assert f"{', '.join(dict.fromkeys(requested))} are not installed: pip install 'nbp-export[export,cpu]'" in message
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     installed = {re.split(r"[<>=\[ ]", line)[0] for line in extras["export"] + extras["cpu"]}
     assert set(requested) <= installed
