@@ -1,4 +1,4 @@
-"""Settings for every test, and what all tests of a run share."""
+"""Settings of all tests, and the files that they share."""
 
 import os
 import re
@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import settings
 
-# Before torch is imported. The models are so small that a second thread only costs: 1 s against 30 s for a golden
-# on a busy two-core machine.
+# This has to happen before torch is imported. The models are so small that a second thread only costs time: on a busy
+# machine with two cores, a golden took 30 s with it and 1 s without.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Shared machines stall at random, and a property that holds should hold in every run.
-settings.register_profile("house", deadline=None, derandomize=True)
-settings.load_profile("house")
+# Machines that are shared stall at random, so there is no deadline, and every run tests the same examples.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 Shared = Callable[[str, Callable[[Path], object]], Path]
 
 
-class Ran(NamedTuple):
-    """What a command printed, and the folder that was empty when it ran there."""
+class CommandResult(NamedTuple):
+    """The output of a command, and the folder in which it ran, which was empty before."""
 
     output: str
     folder: Path
@@ -34,9 +34,9 @@ class Ran(NamedTuple):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """`shared(name, make)`: a path, made once in a run of all workers by `make(path)`. Tests that change it copy it.
+    """`shared(name, make)` returns a path that `make(path)` writes once for all tests; a test that changes it copies it.
 
-    Nothing else lies in the folder that holds it.
+    The folder that contains the path contains nothing else.
     """
     from filelock import FileLock
 
@@ -49,7 +49,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
         with FileLock(f"{made}.lock"):
             if not made.is_dir():
                 making = Path(f"{made}.making")
-                shutil.rmtree(making, ignore_errors=True)  # of one that failed
+                shutil.rmtree(making, ignore_errors=True)  # an earlier attempt may have failed
                 making.mkdir()
                 make(making / name)
                 making.rename(made)
@@ -59,13 +59,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 
 @pytest.fixture(scope="session")
-def ran(shared: Shared) -> Callable[[str], Ran]:
-    """`ran("onnx --block 16")`: what that command of nbp-export printed and left; it runs once for all tests."""
+def ran(shared: Shared) -> Callable[[str], CommandResult]:
+    """`ran("onnx --block 16")` returns the result of that command of nbp-export, which runs once for all tests."""
     from click.testing import CliRunner
 
     from nbp_export.cli import main
 
-    def run(words: str) -> Ran:
+    def run(words: str) -> CommandResult:
         def make(folder: Path) -> None:
             (folder / "left").mkdir(parents=True)
             with chdir(folder / "left"):
@@ -74,14 +74,14 @@ def ran(shared: Shared) -> Callable[[str], Ran]:
             (folder / "output").write_text(done.output)
 
         folder = shared(re.sub("[^a-z0-9]+", "-", words), make)
-        return Ran((folder / "output").read_text(), folder / "left")
+        return CommandResult((folder / "output").read_text(), folder / "left")
 
     return run
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread_a_session() -> Iterator[None]:
-    """ONNX Runtime computes with one thread where it is left to choose: idle ones wait for work at full speed."""
+def _one_thread_per_session() -> Iterator[None]:
+    """Let ONNX Runtime use one thread by default, because its idle threads keep a core busy while they wait."""
     try:
         ort = import_module("onnxruntime")
     except ImportError:
@@ -103,9 +103,9 @@ def _one_thread_a_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_table_of_functions() -> Iterator[None]:
-    """Torch's table of ONNX functions is made once, and not anew for each graph, in a third of a small one's time.
+    """Build torch's table of ONNX functions once; it takes a third of the time in which a small graph is exported.
 
-    Where a version of torch keeps it elsewhere, tests only take longer.
+    If a version of torch keeps the table elsewhere, the tests only take longer.
     """
     try:
         registration = import_module("torch.onnx._internal.exporter._registration")

@@ -1,4 +1,4 @@
-"""What several tests share: the goldens with their weights, and small models."""
+"""The goldens with their weights, and small models, for several tests."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -16,13 +16,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def golden(name: str) -> dict[str, Tensor]:
-    """The arrays of one golden case."""
+    """Return the arrays of one golden case."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
 def filled(model: M, prefix: str = "") -> M:
-    """The model, which may be on `meta`, with the goldens' deterministic weights, which are drawn by key."""
+    """Load the goldens' weights, which depend only on the keys, into a model, which may be on `meta`; return it."""
     shapes = {prefix + key: tuple(value.shape) for key, value in model.state_dict().items()}
     weights = fill(shapes)
     state = {key.removeprefix(prefix): torch.from_numpy(value) for key, value in weights.items()}
@@ -31,20 +31,20 @@ def filled(model: M, prefix: str = "") -> M:
 
 
 def golden_generator(block: str) -> NextBlockTransformer:
-    """The small generator that the K600 goldens were made with."""
+    """Return the small generator of the K600 goldens."""
     config = ModelConfig(layers=3, width=64, heads=4, vocab=320).with_block(block)
     return filled(NextBlockTransformer(config), "transformer.")
 
 
 def golden_hybrid() -> NextBlockTransformer:
-    """The small class-conditional generator behind `ucf_L4.npz`: 4 special, 60 text and 200 video token ids."""
+    """Return the small class-conditional generator of `ucf_L4.npz`: 4 special, 60 text and 200 video token ids."""
     text = TextCondition(tokens=8, vocab=60)
     config = ModelConfig(2, 64, 4, vocab=264, condition_latents=0, block=BlockShape(1, 1, 4), text=text)
     return filled(NextBlockTransformer(config), "transformer.")
 
 
 def small_generator(block: str, layers: int = 2) -> NextBlockTransformer:
-    """A generator of a 4x4x4 latent, half of it given, so that every kind of block tiles."""
+    """Return a generator of a 4x4x4 latent video, half of it given, which every kind of block tiles."""
     config = ModelConfig(
         layers, width=32, heads=2, vocab=50, positions=64, latent=Latent(4, 4, 4), block=BlockShape(1, 1, 1)
     )

@@ -13,7 +13,7 @@ from nbp_bench.cli import main as nbp_bench
 from nbp_export.cli import main as nbp_export
 from nbp_reference import clips
 from nbp_reports import markdown, record, table
-from tests.conftest import Ran
+from tests.conftest import CommandResult
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"nbp-export": nbp_export, "nbp-bench": nbp_bench}
@@ -51,7 +51,10 @@ def _documented() -> list[list[str]]:
 
 
 def test_the_commands_and_code_of_all_pages_run_in_this_order(
-    ran: Callable[[str], Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ran: Callable[[str], CommandResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """These are the `console` and `python` blocks, without comparisons of block sizes, which other tests run."""
     pytest.importorskip("tensorrt_rtx", reason="pip install 'nbp-export[trt-rtx]'")

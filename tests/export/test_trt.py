@@ -31,7 +31,7 @@ from nbp_export.trt_library import RTX, Options
 from nbp_reference.config import MODELS, TOKENIZERS, ModelConfig
 from nbp_reference.model import NextBlockTransformer
 from nbp_reference.tokenizer import VideoTokenizer
-from tests.conftest import Ran
+from tests.conftest import CommandResult
 from tests.export.support import Exported
 from tests.export.test_parity import mask_with, prefill_shortcut
 from tests.support import filled, golden_hybrid
@@ -97,7 +97,7 @@ def test_a_hybrids_third_profile(tmp_path: Path) -> None:
     assert (engine.graphs, build.tokens) == (("prefill", "step", "step_1"), (8, 4, 1))
 
 
-def test_the_command(ran: Callable[[str], Ran]) -> None:
+def test_the_command(ran: Callable[[str], CommandResult]) -> None:
     output, folder = ran("trt --block 1x1x16 --out tiny-16-sm80")
     out = folder / "tiny-16-sm80"
     assert "builder: TensorRT-RTX 1." in output
@@ -317,7 +317,7 @@ def test_inspect_and_verify_describe_the_engines(one: Bundle) -> None:
 # The option --check.
 
 
-def test_check_counts_layers_and_leaves_nothing(ran: Callable[[str], Ran]) -> None:
+def test_check_counts_layers_and_leaves_nothing(ran: Callable[[str], CommandResult]) -> None:
     output, folder = ran("trt --block 1x1x16 --check")
     assert re.search(
         r"generator\.onnx: every node is supported; \d+ layers: .*10 kv_cache_update, 5 attention_input", output
