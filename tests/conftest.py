@@ -34,7 +34,7 @@ class CommandResult(NamedTuple):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """`shared(name, make)` returns a path that `make(path)` writes once for all tests; a test that changes it copies it.
+    """`shared(name, make)` returns a path that `make(path)` writes once for all tests. Tests copy it to change it.
 
     The folder that contains the path contains nothing else.
     """

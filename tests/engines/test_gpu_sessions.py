@@ -27,7 +27,7 @@ from nbp_export.onnx_bundle import export
 from nbp_export.parity import ParityError, Reference, check_bundle
 from nbp_export.proof import verify
 from nbp_export.sources import Source
-from tests.conftest import Ran
+from tests.conftest import CommandResult
 from tests.engines.emulated import Gpu, emulated, with_engines
 from tests.engines.test_sample_cu import by_kernel
 from tests.export.support import Exported
@@ -64,7 +64,7 @@ def frames(bundle: Bundle) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def tiny(ran: Callable[[str], Ran], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tiny(ran: Callable[[str], CommandResult], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The bundled model, with emulated TensorRT engines in place of real ones."""
     made = ran("trt --block 1x1x16 --out tiny-16-sm80").folder / "tiny-16-sm80"
     return with_engines(Bundle.open(Path(shutil.copytree(made, tmp_path_factory.mktemp("tiny") / "bundle"))))
