@@ -8,7 +8,6 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 from torch import Tensor
 
+from nbp_files import write_bytes
 from nbp_reference import fit
 from nbp_reference.config import TOKENIZERS, BlockShape, ModelConfig, TextCondition, TokenizerConfig
 from nbp_reference.errors import BlockShapeError, CheckpointError
@@ -137,15 +137,8 @@ def save(model: NextBlockTransformer | VideoTokenizer, path: Path) -> None:
     kind = "generator" if isinstance(model, NextBlockTransformer) else "tokenizer"
     state = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        # The library's own `save_file` ignores the umask and writes a file that only its owner may read.
-        partial.write_bytes(serialized(state, {kind: json.dumps(model.config.to_json())}))
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    # The library's own `save_file` ignores the umask and writes a file that only its owner may read.
+    write_bytes(path, serialized(state, {kind: json.dumps(model.config.to_json())}))
 
 
 def _load_safetensors(path: Path, alias: str) -> Checkpoint:
