@@ -1,20 +1,24 @@
 """The Fréchet video distance of files: the network's input, the protocol, the command, and bad clips."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
 from nbp_bench import fvd
 from nbp_bench.cli import main
 from nbp_bench.fvd import BadClipError, clip_files, network_input, read_clip
 from nbp_errors import UsageError
+from nbp_reference import clips
 from tests.reference.test_clips import film
 
 SHAPES = [(16, 64, 64), (9, 48, 80), (17, 300, 260), (16, 1, 7), (10, 224, 224), (12, 225, 447)]
@@ -58,9 +62,9 @@ def second_opinion(real: list[np.ndarray], fake: list[np.ndarray]) -> float:
     from nbp_bench.i3d import load
 
     model, means, covariances = load(), [], []
-    for clips in (real, fake):
+    for side in (real, fake):
         rows = []
-        for each in clips:
+        for each in side:
             frames = torch.from_numpy(each[:16]).permute(0, 3, 1, 2) / 255
             frames = F.interpolate(frames, size=(224, 299), mode="bilinear")[..., 37:261]
             rows.append(model((frames * 2 - 1).permute(1, 0, 2, 3)[None])[0].numpy().astype(np.float64))
@@ -243,3 +247,47 @@ def test_paths_in_a_list_are_relative_to_it(tmp_path: Path) -> None:
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "real.txt").write_text("../a.npy\n/b.mp4\n")
     assert clip_files(tmp_path / "lists" / "real.txt") == [tmp_path / "lists" / ".." / "a.npy", Path("/b.mp4")]
+
+
+CORRUPTIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "blur": lambda clip, severity: gaussian_filter(clip, (0, 3 * severity, 3 * severity, 0)),
+    "noise": lambda clip, severity: np.clip(
+        clip + np.random.default_rng(0).normal(0, 80 * severity, clip.shape), 0, 255
+    ).astype(np.uint8),
+    "freeze": lambda clip, severity: clip[np.minimum(np.arange(16), round(15 * (1 - severity)))],
+    "shuffle": lambda clip, severity: clip[shuffled(round(16 * severity))],
+}
+
+
+def shuffled(count: int) -> np.ndarray:
+    """The frame numbers of a clip whose first `count` frames are in another order: the odd ones, then the even ones."""
+    places = np.arange(count)
+    return np.concatenate([places[1::2], places[::2], np.arange(count, 16)])
+
+
+@pytest.fixture(scope="module")
+def real_clips() -> tuple[list[np.ndarray], np.ndarray]:
+    """Clips of three real videos, and their features."""
+    videos = [clips.read(clips.find(name), 96).transpose(0, 2, 3, 1) for name in ("carphone", "bikes", "bunny")]
+    windows = [window for video in videos for window in clips.windows(video, 16, 30)[:4]]
+    return windows, features_of(windows)
+
+
+def features_of(windows: list[np.ndarray]) -> np.ndarray:
+    network = fvd.default_network()
+    return np.concatenate([network(network_input(window)[None]) for window in windows])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_the_distance_grows_with_the_severity_of_a_corruption(
+    name: str, real_clips: tuple[list[np.ndarray], np.ndarray]
+) -> None:
+    windows, expected = real_clips
+    distances = [0.0]
+    for severity in (0.25, 0.5, 1.0):
+        corrupted = features_of([CORRUPTIONS[name](window, severity) for window in windows])
+        distances.append(fvd.distance(expected, corrupted, fvd.default_protocol()).fvd.value)
+    click.echo(f"{name}: FVD {distances[1]:.0f}, {distances[2]:.0f}, {distances[3]:.0f}")
+    assert distances == sorted(distances)
+    assert distances[1] > 1

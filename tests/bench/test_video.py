@@ -1,5 +1,6 @@
 """Pictures, side by side and marked, and the files that they are written to."""
 
+import os
 import tracemalloc
 from collections.abc import Sequence
 from contextlib import suppress
@@ -201,6 +202,21 @@ def test_what_the_encoder_refuses_is_one_line(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(video.WRITERS, ".mp4", refuse)
     with pytest.raises(UsageError, match=r"2 clips of 7x9 pixels cannot be written as \.mp4: No space left on device"):
         video.write(tmp_path / "a.mp4", tiles(2), RATE)
+
+
+def test_a_file_system_without_chmod_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    for name in ("chmod", "fchmod", "lchmod"):
+        monkeypatch.setattr(os, name, refuse, raising=False)
+    mask = os.umask(0o027)
+    try:
+        with video.output_file(tmp_path / "a.png", force=False) as partial:
+            video.write(partial, [np.zeros((2, 9, 9, 3), np.uint8)], Fraction(5))
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
