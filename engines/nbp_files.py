@@ -1,6 +1,6 @@
 """How every package of this distribution writes files: whole or not at all, in a locked folder, with space for them.
 
-The module stands beside the packages, as `nbp_errors` does, and imports none of them.
+The module stands beside the packages, as `nbp_errors` does, and imports only that.
 """
 
 import json
@@ -25,7 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)  # the name that the caller knows
         # Whatever stopped the write may stop the removal too; the first error is the one to report.
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -53,8 +55,8 @@ def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
     """Lock a folder until the `with` statement or this process ends, however it ends.
 
     Yields True if this process holds the lock, False if another one does, None if the system or the file system has no
-    locks. With `wait`, it waits for the other process. The folder itself is locked, because a
-    library such as filelock would leave a lock file beside it.
+    locks. With `wait`, it waits for the other process. The folder itself is locked, because a library such as filelock
+    would leave a lock file beside it.
     """
     with ExitStack() as closing:
         held: bool | None = None

@@ -358,7 +358,7 @@ def fvd(real: Path, fake: Path, network: Path | None, sha256: str | None, skip_b
     """Compute the Fréchet video distance between two sets of clips, from any generator.
 
     Clips are video files or arrays (.npy, uint8 [T,H,W,3]), in a folder or in a list, a text file with a path per line.
-    The first 16 frames of each are scored, or all of 9 to 15.
+    The first 16 frames of each clip are scored; a clip with 9 to 15 frames is scored whole.
     """
     from nbp_bench import fvd as module
     from nbp_export._extras import need

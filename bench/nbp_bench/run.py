@@ -114,7 +114,7 @@ def _present(measured: Sequence[Measured], folder: Path) -> list[Record]:
     report_file = markdown.report(records, folder, plain=bool(missing))
     if missing:
         click.echo(f"left out: {', '.join(OPTIONAL[p] for p in missing)}; to get them, pip install {' '.join(missing)}")
-    click.echo(printable(f"report: {report_file}   raw samples: {folder / RECORDS}"))
+    click.echo(printable(f"report: {report_file}   raw measurements: {folder / RECORDS}"))
     return records
 
 

@@ -1,4 +1,4 @@
-"""A record is one flat row with all raw samples of a measurement; every statistic is derived from them.
+"""A record is one flat row with all raw measurements of a case; every statistic is derived from them.
 
 None means that a value was not measured, and it never stands for zero. An engine that could not be measured has a
 record, too, which gives the reason.

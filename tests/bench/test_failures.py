@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_line_and_the_last_records_stay_whole(
     done = bench(lambda *_: None)
     assert done.exit_code == 1
     assert done.output.splitlines()[-1].startswith("Error: ")
-    assert "No space left on device" in done.output.splitlines()[-1]
+    assert "records.jsonl: No space left on device" in done.output.splitlines()[-1]
     assert "Traceback" not in done.output
     assert "1x16x16" in done.output  # the table of what was measured
     (row,) = record.read(tmp_path / "out" / "records.jsonl")
