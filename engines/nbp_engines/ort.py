@@ -4,6 +4,7 @@ Every input and output is bound to a buffer of the session. The input and the ou
 buffer, so that ONNX Runtime writes new rows in place.
 """
 
+import os
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from importlib import import_module
@@ -20,6 +21,9 @@ from nbp_engines.runtime import OpenOptions, Runtime
 from nbp_engines.sampling import Sampling
 from nbp_engines.session import GraphSession, state_tensors
 from nbp_engines.spec import GraphKind, GraphSpec, TensorSpec
+
+# ONNX Runtime collects usage data unless this is set when it is imported. A user who wants that can set it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # The name and the number that ONNX gives to each dtype.
 TYPES = {"fp32": ("float", 1), "fp16": ("float16", 10), "bf16": ("bfloat16", 16), "int64": ("int64", 7)}

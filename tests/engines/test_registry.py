@@ -1,6 +1,9 @@
 """The table of runtimes. Code reads the differences between runtimes from its entries."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,12 @@ def test_a_wrong_name_lists_the_right_ones(tmp_path: Path) -> None:
 
     with pytest.raises(EngineError, match="there is no runtime 'onnx'; choose one of ort-cpu, ort-cuda, tensorrt"):
         open_session(make(tmp_path / "toy"), runtime="onnx")
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(None, "1"), ("0", "0")])
+def test_onnx_runtime_collects_no_usage_data_unless_the_user_wants_it(setting: str | None, expected: str) -> None:
+    code = "import os, nbp_engines; from nbp_engines import open_session; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"PYTHONPATH": str(ROOT / "engines")} | ({"ORT_DISABLE_TELEMETRY": setting} if setting else {})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == expected
