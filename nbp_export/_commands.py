@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+MOST_THREADS = 1024  # a larger number is a typing error
+
+
 class _UsageFailure(click.ClickException):
     exit_code = UsageError.exit_code
 
