@@ -156,6 +156,7 @@ def _read_array(path: Path) -> np.ndarray:
 
 
 def _read_video(path: Path, count: int) -> np.ndarray:
+    from nbp_reference.clips import frame_time
     from nbp_reference.film import open_film, orientation
 
     with open_film(path) as film:
@@ -164,8 +165,7 @@ def _read_video(path: Path, count: int) -> np.ndarray:
             raise VideoError(", ".join(faults))
         if not frames:
             raise VideoError("it holds no video frames")
-        times = [frame.pts * frame.time_base for frame in frames if frame.pts is not None and frame.time_base]
-        gaps = [after - before for before, after in pairwise(times)]
+        gaps = [after - before for before, after in pairwise(map(frame_time, frames))]
         if gaps and max(gaps) > Fraction(3, 2) * min(gaps) + Fraction(1, 500):
             raise VideoError("its frame rate varies, so its first frames say nothing about motion")
         images = [orientation(frame).apply(frame.to_ndarray(format="rgb24")) for frame in frames]

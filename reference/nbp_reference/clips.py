@@ -135,8 +135,8 @@ def footage(
             duration = f": it lasts {film.seconds:.1f} s" if film.seconds else ""
             reason = f"; {', '.join(film.faults(start))}: {film.decoder_errors[0]}" if film.decoder_errors else ""
             raise VideoError(f"{path} holds no video frames{part}{duration}{reason}")
-        first_time, upright = _frame_time(head[0]), orientation(head[0])
-        filmed_rate, even = _frame_rate([_frame_time(frame) for frame in head], film.rate)
+        first_time, upright = frame_time(head[0]), orientation(head[0])
+        filmed_rate, even = _frame_rate([frame_time(frame) for frame in head], film.rate)
         frames = chain(head, frames)
         if resampled := not even or rate not in (None, filmed_rate):
             frames = _resampled(frames, film, filmed_rate, rate or filmed_rate)
@@ -168,7 +168,7 @@ def times(path: Path) -> list[float]:
         return [float(time) for time in film.times()]
 
 
-def _frame_time(frame: "VideoFrame") -> Fraction:
+def frame_time(frame: "VideoFrame") -> Fraction:
     """Return when the frame is shown, in seconds from the video's beginning."""
     assert frame.pts is not None  # `Film.frames` sets both
     assert frame.time_base is not None
@@ -203,8 +203,8 @@ def _resampled(
     first_time = None
     for frame in chain(frames, [None]):
         if frame is not None:
-            first_time = _frame_time(frame) if first_time is None else first_time
-            time = _frame_time(frame) - first_time - 1 / (4 * filmed_rate)
+            first_time = frame_time(frame) if first_time is None else first_time
+            time = frame_time(frame) - first_time - 1 / (4 * filmed_rate)
             frame.pts = max(0, round(time / film.tick))
         graph.vpush(frame)
         with suppress(av.BlockingIOError, av.EOFError):  # the filter has no frame yet, or no more frames
